@@ -1,0 +1,136 @@
+"""What can go wrong, as one tree, and how a gRPC status becomes a place in it.
+
+    Error                     everything this package raises on purpose
+    ├── InvalidInput          the request can't be served as it is; also a ValueError
+    │   └── TooLarge          more than the server, or this client, takes at once
+    ├── NotFound              no such model, version or method; the message names what exists
+    ├── FailedPrecondition    fine by itself, but not in the state the server is in
+    ├── Denied                no credentials, or not enough
+    ├── Cancelled             somebody ended the call: this side, the server, or a proxy
+    ├── DeadlineExceeded      no answer within the timeout; also a TimeoutError
+    ├── Overloaded            the queue is full: try again after `retry_after` seconds
+    ├── Unavailable           no server there, or it is starting or draining
+    └── ServerError           the server's own fault, or a reply that makes no sense
+
+This file must not know channels or messages of the API: only statuses and the google.rpc details that come with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+DETAILS_KEY = "grpc-status-details-bin"
+
+
+class Error(Exception):
+    """A call that failed.
+
+    `status` is the name of the gRPC status, `reason` the server's own word for what happened ("" where it gave none),
+    `details` what it said beside it (what was expected and what came, for instance), `retry_after` the seconds after
+    which the same call may succeed, None where the server promises nothing.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: str = "UNKNOWN",
+        reason: str = "",
+        details: Mapping[str, str] | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.reason = reason
+        self.details = dict(details or {})
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:  # TimeoutError, a base below, would print it as an errno
+        return self.message
+
+
+class InvalidInput(Error, ValueError): ...
+
+
+class TooLarge(InvalidInput): ...
+
+
+class NotFound(Error): ...
+
+
+class FailedPrecondition(Error): ...
+
+
+class Denied(Error): ...
+
+
+class Cancelled(Error): ...
+
+
+class DeadlineExceeded(Error, TimeoutError): ...
+
+
+class Overloaded(Error): ...
+
+
+class Unavailable(Error): ...
+
+
+class ServerError(Error): ...
+
+
+_BY_STATUS: Mapping[grpc.StatusCode, type[Error]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidInput,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidInput,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.UNIMPLEMENTED: NotFound,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.ALREADY_EXISTS: FailedPrecondition,
+    grpc.StatusCode.ABORTED: FailedPrecondition,
+    grpc.StatusCode.UNAUTHENTICATED: Denied,
+    grpc.StatusCode.PERMISSION_DENIED: Denied,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+}
+
+
+def invalid(message: str) -> InvalidInput:
+    """A fault seen on this side, before anything was sent."""
+    return InvalidInput(message, status="INVALID_ARGUMENT")
+
+
+def bad_reply(message: str) -> ServerError:
+    """An answer that came through whole but can't be read."""
+    return ServerError(f"the server's reply makes no sense: {message}", status="INTERNAL", reason="BAD_REPLY")
+
+
+def from_rpc(code: grpc.StatusCode, message: str, trailing: Iterable[tuple[str, str | bytes]] | None) -> Error:
+    """The error for a call's status and trailing metadata.
+
+    RESOURCE_EXHAUSTED is Overloaded where the server says when to come back, else TooLarge: gRPC itself gives that
+    status to a message over the size limit. Details that can't be read are left out: the status stands without them.
+    """
+    reason, details, retry_after = "", {}, None
+    for value in (value for key, value in trailing or () if key == DETAILS_KEY and isinstance(value, bytes)):
+        try:
+            status = status_pb2.Status.FromString(value)
+            message = status.message or message
+            for packed in status.details:
+                info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+                if packed.Unpack(info):
+                    reason, details = info.reason, dict(info.metadata)
+                elif packed.Unpack(retry):
+                    retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+        except DecodeError:
+            continue
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        kind: type[Error] = TooLarge if retry_after is None else Overloaded
+    else:
+        kind = _BY_STATUS.get(code, ServerError)
+    return kind(message or code.name, status=code.name, reason=reason, details=details, retry_after=retry_after)

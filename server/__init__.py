@@ -1,0 +1,1 @@
+"""The server: bundles in, answers out. Imports contract and protos; never torch or onnx."""

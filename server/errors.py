@@ -1,0 +1,61 @@
+"""Everything that can be refused or go wrong, and what the caller should do.
+
+    ServeError
+    ├── InvalidInput     INVALID_ARGUMENT     correct the request; the message says what is allowed
+    ├── NotFound         NOT_FOUND            use one of the names in the message
+    ├── Overloaded       RESOURCE_EXHAUSTED   send again after `retry_after`
+    ├── DeadlineExceeded DEADLINE_EXCEEDED    allow more time; nothing was changed
+    ├── Draining         UNAVAILABLE          send again: another server, or this one restarted, will take it
+    └── ModelFailed      INTERNAL             the model could not run this input; neighbours were not harmed
+
+This file knows words and statuses; it must not know gRPC's types (rpc/ turns these into google.rpc.Status details).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class ServeError(Exception):
+    """A refusal that a caller can act on: `reason` for programs, the message for people, `facts` for both."""
+
+    status: ClassVar[str] = "INTERNAL"
+
+    def __init__(self, reason: str, message: str, *, retry_after: float | None = None, **facts: object) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.retry_after = retry_after
+        self.facts = {key: str(value) for key, value in facts.items()}
+
+
+class InvalidInput(ServeError):
+    status = "INVALID_ARGUMENT"
+
+
+class NotFound(ServeError):
+    status = "NOT_FOUND"
+
+
+class Overloaded(ServeError):
+    status = "RESOURCE_EXHAUSTED"
+
+
+class DeadlineExceeded(ServeError):
+    status = "DEADLINE_EXCEEDED"
+
+
+class Draining(ServeError):
+    status = "UNAVAILABLE"
+
+
+class ModelFailed(ServeError):
+    status = "INTERNAL"
+
+
+def listed(names: Iterable[object], most: int = 20) -> str:
+    """Names for a message: "a, b, c", the rest counted."""
+    names = [str(n) for n in names]
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "") if names else "none"

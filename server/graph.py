@@ -1,0 +1,83 @@
+"""One ONNX graph that runs. The only file that imports onnxruntime.
+
+It knows names, dtypes and feeds; it must not know callers, queues or why rows were chosen to run together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from contract.bundle import BundleError, Graph
+
+Array = np.ndarray[Any, Any]
+
+_ONNX_DTYPES = {
+    "tensor(bool)": "bool", "tensor(int8)": "int8", "tensor(int16)": "int16", "tensor(int32)": "int32",
+    "tensor(int64)": "int64", "tensor(uint8)": "uint8", "tensor(uint16)": "uint16", "tensor(uint32)": "uint32",
+    "tensor(uint64)": "uint64", "tensor(float16)": "float16", "tensor(float)": "float32", "tensor(double)": "float64",
+}  # fmt: skip
+
+
+class OnnxGraph:
+    """A graph of a bundle, loaded. `run` may be called from many threads at once and releases the GIL.
+
+    One intra-op thread is what makes answers independent of batch-mates: with more, onnxruntime's LSTM splits the
+    batch among threads and its GEMMs change shape with the row count.
+    """
+
+    def __init__(self, graph: Graph, file: Path) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 3  # a failed run is an exception here already; its log line would say it twice
+        # Rounds differ in rows and steps all the time: a memory pattern per shape would be planned and never reused.
+        options.enable_mem_pattern = False
+        try:
+            self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
+            raise BundleError(str(file), [f"onnxruntime can't load it: {e}"[:500]]) from None
+        if faults := _faults(graph, self._session):
+            raise BundleError(str(file), faults)
+        self.graph = graph
+        self.outputs: tuple[str, ...] = (*(t.name for t in graph.outputs), *(s.output for s in graph.states))
+        self._names = list(self.outputs)
+
+    def run(self, feeds: Mapping[str, Array]) -> Sequence[Array]:
+        """One round: inputs and states by name → outputs, then next states, in the order of `self.outputs`."""
+        result: Sequence[Array] = self._session.run(self._names, feeds)
+        return result
+
+
+def _faults(graph: Graph, session: ort.InferenceSession) -> list[str]:
+    """What the ONNX file has otherwise than its contract says."""
+    faults: list[str] = []
+    sides = (
+        ("input", session.get_inputs(), [*((t.name, t.dtype, t.axes) for t in graph.inputs), *((s.input, s.dtype, s.axes) for s in graph.states)]),
+        ("output", session.get_outputs(), [*((t.name, t.dtype, t.axes) for t in graph.outputs), *((s.output, s.dtype, s.axes) for s in graph.states)]),
+    )
+    for side, found, promised in sides:
+        has = {f.name: f for f in found}
+        for name, dtype, axes in promised:
+            if name not in has:
+                faults.append(f"{side} {name!r} is in the contract but not in the file; it has {', '.join(has)}")
+                continue
+            real = _ONNX_DTYPES.get(has[name].type, has[name].type)
+            if real != dtype:
+                faults.append(f"{side} {name!r} is {real} in the file, {dtype} in the contract: correct the contract")
+            shape = has[name].shape
+            if shape and len(shape) != len(axes):
+                faults.append(f"{side} {name!r} has {len(shape)} axes in the file, {len(axes)} in the contract")
+            elif shape:
+                for axis, size in zip(axes, shape, strict=True):
+                    if isinstance(size, int) and axis != size:
+                        faults.append(f"{side} {name!r} axis {axis!r} is fixed to {size} in the file: export it dynamic")
+        if side == "input":
+            named = {name for name, _, _ in promised}
+            faults += [f"input {n!r} of the file is not in the contract: describe it" for n in has if n not in named]
+    return faults

@@ -1,0 +1,98 @@
+"""`python -m training TASK --out DIR`, also `seqserve train`: from a configuration to a checkpoint.
+
+It knows the command line; the loop and the models know the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EPILOG = """
+examples:
+  python -m training sentiment --config toy --out runs/toy        under a minute, needs no data set
+  python -m training sentiment --data DIR --out runs/sentiment    the shipped model; data from DIR
+  python -m training sentiment --out runs/sentiment               the same; data are downloaded once
+  python -m training sentiment --out runs/sentiment --resume      go on where it was interrupted
+  python -m training sentiment --out runs/small --set model.hidden=64 --set run.epochs=2
+
+Then: python -m export runs/sentiment --out models/sentiment/1
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    from training.tasks import TASKS
+
+    words = argparse.ArgumentParser(
+        prog="seqserve train", description="Train a model that can be exported and served.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    words.add_argument("task", choices=list(TASKS), help="what to train")
+    words.add_argument("--out", type=Path, help="directory for the result (default: runs/TASK)")
+    words.add_argument("--data", type=Path, help="directory with the data sets (default: download once into a cache)")
+    words.add_argument("--config", help="a TOML file, or a variant of the task's own such as 'toy'")
+    words.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the configuration")
+    words.add_argument("--resume", action="store_true", help="go on from the last whole epoch found in --out")
+    words.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return words
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; 0 when done, 1 when it can't start (the reason is printed), 130 when interrupted."""
+    from training import config as configs
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    asked = parser().parse_args(given)
+    out: Path = asked.out or Path("runs") / asked.task
+    try:
+        config = configs.load(asked.task, asked.config, asked.set)
+    except configs.ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+
+    import lightning  # seconds to import: not before the command line is known to be right
+
+    from training import loop, tasks
+    from training.data import DataError
+
+    last = out / loop.LAST
+    if asked.resume and not last.is_file():
+        print(f"error: nothing to resume in {out}; start without --resume", file=sys.stderr)
+        return 1
+    if last.is_file() and not asked.resume:
+        print(f"note: {out} holds an earlier run, which is replaced; --resume would have gone on with it", file=sys.stderr)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        training = tasks.find(asked.task).prepare(config, asked.data, out)
+        summary = loop.fit(
+            training, out, resume=asked.resume, command=_command(given), progress=False if asked.no_progress else None
+        )
+    except (configs.ConfigError, DataError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with --resume --out {out}", file=sys.stderr)
+        return 130
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in summary["scores"].items())
+    print(f"{asked.task}: best at epoch {summary['epoch']:g} of {config.run.epochs}: {scores}")
+    print(f"next: python -m export {out} --out models/{asked.task}/1")
+    return 0
+
+
+def _command(given: Sequence[str]) -> str:
+    """The command for the record, with the data directory left out: a path of one machine means nothing on another."""
+    words: list[str] = []
+    hide = False
+    for word in given:
+        if word.startswith("--data="):
+            word = "--data=DIR"
+        words.append("DIR" if hide else word)
+        hide = word == "--data"
+    return " ".join(["python -m training", *(w for w in words if w not in ("--resume", "--no-progress"))])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

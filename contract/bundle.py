@@ -22,7 +22,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +207,7 @@ def save(bundle: Bundle, directory: Path | str) -> Bundle:
     directory = Path(directory)
     if faults := validate(bundle):
         raise BundleError(str(directory), faults)
-    known = {f.name: getattr(bundle, f.name) for f in fields(bundle)}
-    bundle = Bundle(**{**known, "fingerprint": fingerprint(bundle, directory)})
+    bundle = replace(bundle, fingerprint=fingerprint(bundle, directory))
     part = directory / (FILE + ".part")
     with part.open("w", encoding="utf-8") as out:
         out.write(bundle.to_json())
@@ -226,7 +225,7 @@ def files(bundle: Bundle) -> list[str]:
 def fingerprint(bundle: Bundle, directory: Path) -> str:
     """sha256 over what decides an answer: graphs, task, and every file's bytes; not over notes about the making."""
     known = _plain(bundle)
-    digest = hashlib.sha256(json.dumps([known[k] for k in ("graphs", "main", "task", "resources")], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([known.get(k, {}) for k in ("graphs", "main", "task", "resources")], sort_keys=True).encode())
     for name in files(bundle):
         digest.update(name.encode() + b"\0" + hashlib.sha256((directory / name).read_bytes()).digest())
     return "sha256:" + digest.hexdigest()
@@ -348,7 +347,7 @@ _FORMS: Mapping[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def _build(kind: type, item: object, at: str, faults: list[str]) -> Any:
+def _build(kind: type, item: Any, at: str, faults: list[str]) -> Any:
     """One dataclass from one JSON object: unknown, missing and ill-typed keys are faults, all of them."""
     if not isinstance(item, dict):
         faults.append(f"{at}: must be an object")
@@ -364,8 +363,10 @@ def _build(kind: type, item: object, at: str, faults: list[str]) -> Any:
             if key in required:
                 faults.append(f"{at}: {key!r} is missing")
             continue
-        value, form = item[key], _FORMS[str(f.type)]
-        if not isinstance(value, form) or (isinstance(value, bool) and bool not in form):
+        form = _FORMS[str(f.type)]
+        value: Any = item[key]
+        fits: bool = isinstance(value, form)
+        if not fits or (isinstance(value, bool) and bool not in form):
             faults.append(f"{at}.{key}: must be {' or '.join(t.__name__ for t in form if t is not tuple)}, got {value!r}"[:300])
             continue
         if key == "axes":

@@ -1,0 +1,1 @@
+"""What goes over the wire: the .proto files and their generated stubs, committed and checked (`python -m protos --check`)."""

@@ -18,6 +18,7 @@ This file must not know channels or messages of the API: only statuses and the g
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -110,14 +111,20 @@ def bad_reply(message: str) -> ServerError:
     return ServerError(f"the server's reply makes no sense: {message}", status="INTERNAL", reason="BAD_REPLY")
 
 
-def from_rpc(code: grpc.StatusCode, message: str, trailing: Iterable[tuple[str, str | bytes]] | None) -> Error:
+def from_rpc(error: grpc.RpcError) -> Error:
+    """The error for a call that gRPC raised for, blocking or asyncio."""
+    trailing: Any = error.trailing_metadata()  # the stubs know of no pairs here, the two clients give nothing else
+    return from_status(error.code(), error.details() or "", trailing or ())
+
+
+def from_status(code: grpc.StatusCode, message: str, trailing: Iterable[tuple[str, str | bytes]]) -> Error:
     """The error for a call's status and trailing metadata.
 
     RESOURCE_EXHAUSTED is Overloaded where the server says when to come back, else TooLarge: gRPC itself gives that
     status to a message over the size limit. Details that can't be read are left out: the status stands without them.
     """
     reason, details, retry_after = "", {}, None
-    for value in (value for key, value in trailing or () if key == DETAILS_KEY and isinstance(value, bytes)):
+    for value in (value for key, value in trailing if key == DETAILS_KEY and isinstance(value, bytes)):
         try:
             status = status_pb2.Status.FromString(value)
             message = status.message or message

@@ -1,10 +1,14 @@
-"""When a failed call is sent again. Pure: the clock and the dice are arguments.
+"""When a failed call is sent again. The clock and the dice are arguments.
 
 Every unary call of this API is stateless, so sending it twice is safe; that is why the only question here is whether
 a second try can help, and when.
 """
 
 from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
 
 from seqserve.errors import Error, Overloaded, Unavailable
 
@@ -24,3 +28,27 @@ def delay(failure: Error, tries: int, limit: int, left: float, chance: float) ->
         return None
     wait = (failure.retry_after or 0.0) + chance * min(LONGEST, FIRST * 2 ** (tries - 1))
     return wait if wait < left else None
+
+
+class Tries:
+    """The tries of one call, which share its timeout (seconds); `limit` are allowed after the first."""
+
+    def __init__(
+        self,
+        limit: int,
+        timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._limit, self._clock, self._chance = limit, clock, chance
+        self._end = clock() + timeout
+        self._made = 0
+
+    def left(self) -> float:
+        """Seconds until the deadline, 0 when it is over."""
+        return max(0.0, self._end - self._clock())
+
+    def after(self, failure: Error) -> float | None:
+        """Counts a try that failed: seconds to wait before the next, None where the failure stands."""
+        self._made += 1
+        return delay(failure, self._made, self._limit, self.left(), self._chance())

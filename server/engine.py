@@ -77,10 +77,8 @@ class Engine:
         except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
             if len(sequences) == 1:
                 log.warning("model %s: a sequence failed alone: %s", self.name, e)
-                error = ModelFailed(
-                    "MODEL_FAILED", f"model {self.name!r} could not run this input: {str(e)[:300]}", model=self.name, graph=sequences[0].graph
-                )
-                return [(round.tickets[0], error)]
+                message = f"model {self.name!r} could not run this input: {str(e)[:300]}"
+                return [(round.tickets[0], ModelFailed("MODEL_FAILED", message, model=self.name, graph=sequences[0].graph))]
             # One bad row fails a whole run: alone, only the culprit does.
             alone = [self.run(Round(round.key, (ticket,), round.steps)) for ticket in round.tickets]
             return [pair for pairs in alone for pair in pairs]
@@ -180,12 +178,10 @@ class Workers:
                         self._wake.notify_all()
 
     def _choose(self) -> tuple[Engine, Round] | None:
-        best = min((order, i) for i, e in enumerate(self._engines) if (order := e.rounds.oldest()) is not None) if any(
-            e.rounds.waiting_rows for e in self._engines
-        ) else None  # fmt: skip
-        if best is None:
+        waiting = [(order, i) for i, e in enumerate(self._engines) if (order := e.rounds.oldest()) is not None]
+        if not waiting:
             return None
-        engine = self._engines[best[1]]
+        engine = self._engines[min(waiting)[1]]
         round = engine.rounds.next()
         return (engine, round) if round is not None else None
 

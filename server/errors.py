@@ -56,6 +56,6 @@ class ModelFailed(ServeError):
 
 def listed(names: Iterable[object], most: int = 20) -> str:
     """Names for a message: "a, b, c", the rest counted."""
-    names = [str(n) for n in names]
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "") if names else "none"
+    spelled = [str(n) for n in names]
+    more = len(spelled) - most
+    return ", ".join(spelled[:most]) + (f" and {more} more" if more > 0 else "") if spelled else "none"

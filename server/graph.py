@@ -57,10 +57,9 @@ class OnnxGraph:
 def _faults(graph: Graph, session: ort.InferenceSession) -> list[str]:
     """What the ONNX file has otherwise than its contract says."""
     faults: list[str] = []
-    sides = (
-        ("input", session.get_inputs(), [*((t.name, t.dtype, t.axes) for t in graph.inputs), *((s.input, s.dtype, s.axes) for s in graph.states)]),
-        ("output", session.get_outputs(), [*((t.name, t.dtype, t.axes) for t in graph.outputs), *((s.output, s.dtype, s.axes) for s in graph.states)]),
-    )
+    taken = [(t.name, t.dtype, t.axes) for t in graph.inputs] + [(s.input, s.dtype, s.axes) for s in graph.states]
+    given = [(t.name, t.dtype, t.axes) for t in graph.outputs] + [(s.output, s.dtype, s.axes) for s in graph.states]
+    sides = (("input", session.get_inputs(), taken), ("output", session.get_outputs(), given))
     for side, found, promised in sides:
         has = {f.name: f for f in found}
         for name, dtype, axes in promised:
@@ -75,7 +74,8 @@ def _faults(graph: Graph, session: ort.InferenceSession) -> list[str]:
                 faults.append(f"{side} {name!r} has {len(shape)} axes in the file, {len(axes)} in the contract")
             elif shape:
                 for axis, size in zip(axes, shape, strict=True):
-                    if isinstance(size, int) and axis != size:
+                    one_step = axis == "time" and size == 1 and graph.max_time == 1
+                    if isinstance(size, int) and axis != size and not one_step:
                         faults.append(f"{side} {name!r} axis {axis!r} is fixed to {size} in the file: export it dynamic")
         if side == "input":
             named = {name for name, _, _ in promised}

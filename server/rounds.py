@@ -115,9 +115,7 @@ class Rounds:
         for ticket in line:
             if not chosen:
                 steps = self._stride(ticket)
-            elif rows + ticket.rows > most or not ticket.shared:
-                continue
-            elif not ticket.cut and ticket.remaining != steps:
+            elif rows + ticket.rows > most or not ticket.shared or (not ticket.cut and ticket.remaining != steps):
                 continue
             chosen.append(ticket)
             rows += ticket.rows

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence as Listed
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Listed
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,8 @@ class Sequence:
         result = dict(self._last)
         for name, parts in self._kept.items():
             tensor = graph.output(name)
-            assert tensor is not None and tensor.time_axis is not None
+            assert tensor is not None
+            assert tensor.time_axis is not None
             result[name] = np.concatenate(parts, tensor.time_axis)
         return result
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 EPILOG = """
@@ -67,9 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         training = tasks.find(asked.task).prepare(config, asked.data, out)
-        summary = loop.fit(
-            training, out, resume=asked.resume, command=_command(given), progress=False if asked.no_progress else None
-        )
+        summary = loop.fit(training, out, resume=asked.resume, command=_command(given), progress=False if asked.no_progress else None)
     except (configs.ConfigError, DataError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
@@ -83,15 +81,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(given: Sequence[str]) -> str:
-    """The command for the record, with the data directory left out: a path of one machine means nothing on another."""
-    words: list[str] = []
-    hide = False
+    """The command for the record. Directories of one machine mean nothing on another: --data becomes DIR, and of other
+    absolute paths the last part stays."""
+    kept: list[str] = []
+    for word in _words(given):
+        before = kept[-1] if kept else ""
+        if before == "--data":
+            word = "DIR"
+        elif before == "--out" and Path(word).is_absolute():
+            word = f"runs/{Path(word).name}"
+        elif before == "--config" and Path(word).is_absolute():
+            word = Path(word).name
+        kept.append(word)
+    return " ".join(["python -m training", *(w for w in kept if w not in ("--resume", "--no-progress"))])
+
+
+def _words(given: Sequence[str]) -> Iterator[str]:
     for word in given:
-        if word.startswith("--data="):
-            word = "--data=DIR"
-        words.append("DIR" if hide else word)
-        hide = word == "--data"
-    return " ".join(["python -m training", *(w for w in words if w not in ("--resume", "--no-progress"))])
+        if word.startswith(("--data=", "--out=", "--config=")):
+            yield from word.split("=", 1)
+        else:
+            yield word
 
 
 if __name__ == "__main__":

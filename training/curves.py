@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display where training runs
-from matplotlib import pyplot  # noqa: E402  # the backend must be chosen first
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib import pyplot
+from matplotlib.ticker import MaxNLocator
 
 FILE = "history.jsonl"
 PICTURE = "curves.png"
@@ -31,18 +31,18 @@ def append(out: Path, row: Row) -> None:
 
 
 def draw(out: Path, title: str, monitor: str, highest: bool) -> Path:
-    """Draw losses, the other scores and the learning rate over epochs; the best validation is marked."""
+    """Draw each score and the learning rate over epochs; the best validation is marked."""
     rows = read(out)
-    apart = {"step", "epoch", "seconds", "lr"}
-    names = sorted({name for row in rows for name in row} - apart)
-    losses = [n for n in names if "loss" in n]
-    others = [n for n in names if n not in losses]
-    panels: list[tuple[str, Sequence[str]]] = [("loss", losses), *((n, [n]) for n in others), ("learning rate", ["lr"])]
+    names = sorted({name for row in rows for name in row} - {"step", "epoch", "seconds", "lr"})
+    panels: dict[str, list[str]] = {}
+    for name in names:  # the same score in training and in validation shares a panel
+        panels.setdefault(name.removeprefix("train_").removeprefix("validation_").replace("_", " "), []).append(name)
+    panels["learning rate"] = ["lr"]
     width = min(3, len(panels))
     height = -(-len(panels) // width)
     figure, axes = pyplot.subplots(height, width, figsize=(4.2 * width, 3.0 * height), squeeze=False)
     best = (max if highest else min)((r for r in rows if monitor in r), key=lambda r: r[monitor], default=None)
-    for place, (label, shown) in zip(axes.flat, panels, strict=False):
+    for place, (label, shown) in zip(axes.flat, panels.items(), strict=False):
         for name in shown:
             points = [(r["epoch"], r[name]) for r in rows if name in r]
             place.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name) if points else None

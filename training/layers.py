@@ -16,7 +16,7 @@ def remember(lstm: nn.LSTM, bias: float = 1.0) -> nn.LSTM:
     with torch.no_grad():
         for name, weight in lstm.named_parameters():
             if name.startswith("weight_hh"):
-                for gate in weight.split(hidden):  # [hidden, hidden]
+                for gate in torch.split(weight, hidden):  # [hidden, hidden]
                     nn.init.orthogonal_(gate)
             elif name.startswith("weight_ih"):
                 nn.init.xavier_uniform_(weight)

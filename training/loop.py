@@ -23,11 +23,12 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from training import checkpoint, curves
 from training.config import Config, ConfigError, Optimiser
+from training.data.batches import Batches
 
 LAST = "last.ckpt"
 SCORES = "scores.json"
@@ -47,7 +48,8 @@ class Training(lightning.LightningModule):
         self.config = config
         self.averaged: AveragedModel | None = None
         if config.run.average:
-            self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.run.average))
+            decay = config.run.average
+            self.averaged = AveragedModel(model, avg_fn=lambda mean, now, _: decay * mean + (1 - decay) * now)
         self._fitted: nn.Module | None = None
         self._train_scores: dict[str, list[Tensor]] = {}
 
@@ -72,10 +74,18 @@ class Training(lightning.LightningModule):
     # What Lightning calls.
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self.train_batches()
+        batches = self.train_batches()
+        if isinstance(batches.sampler, Batches):
+            # Lightning tells the epoch only after a resumed run has already taken its first batch.
+            batches.sampler.set_epoch(self.current_epoch)
+        return batches
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.validation_batches()
+
+    def on_train_epoch_start(self) -> None:
+        # Lightning does not keep torch's random state: seeded by epoch, a resumed run drops what the whole one would have.
+        torch.manual_seed(hash((self.config.seed, self.current_epoch, self.global_rank)))
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         loss, extra = self.loss(batch)
@@ -136,10 +146,10 @@ def make_optimiser(settings: Optimiser, model: nn.Module) -> torch.optim.Optimiz
         {"params": [p for p in fitted if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    lr = settings.lr
+    lr, (first, second) = settings.lr, settings.betas
     made: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "adam": lambda: torch.optim.Adam(groups, lr, betas=tuple(settings.betas)),
-        "adamw": lambda: torch.optim.AdamW(groups, lr, betas=tuple(settings.betas)),
+        "adam": lambda: torch.optim.Adam(groups, lr, betas=(first, second)),
+        "adamw": lambda: torch.optim.AdamW(groups, lr, betas=(first, second)),
         "rmsprop": lambda: torch.optim.RMSprop(groups, lr, momentum=settings.momentum),
         "adagrad": lambda: torch.optim.Adagrad(groups, lr),
         "nesterov": lambda: torch.optim.SGD(groups, lr, momentum=settings.momentum, nesterov=True),
@@ -238,9 +248,7 @@ def fit(training: Training, out: Path, *, resume: bool, command: str, progress: 
         _Keep(out, command),
         EarlyStopping(training.monitor, mode=training.monitor_mode, patience=run.patience, check_on_train_epoch_end=False),
         # At the end of an epoch and not in a validation, where averaged weights stand in for the fitted ones.
-        ModelCheckpoint(
-            out, "last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
-        ),
+        ModelCheckpoint(out, "last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False),
     ]
     if show:
         callbacks.append(TQDMProgressBar(refresh_rate=10))
@@ -248,6 +256,7 @@ def fit(training: Training, out: Path, *, resume: bool, command: str, progress: 
         # Advice about loader processes: here loading costs nothing beside the recurrent layers.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 against torch 2.13's newer way
         logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         trainer = lightning.Trainer(
             accelerator=run.accelerator,

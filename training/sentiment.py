@@ -41,8 +41,8 @@ ABOUT = About(
     design="Word embedding, one unidirectional LSTM, and a linear layer over the maximum, the mean and the last of its "
     "outputs. Maximum, sum and count are carried beside the LSTM's state: cutting a text changes nothing.",
     limits="Irony, comparisons with other films and long retellings of the plot mislead it; words it has not learnt are "
-    "all the same to it; scores after few words say little. Reviews of four and seven stars and beyond were seen, the "
-    "middling ones never.",
+    "all the same to it; scores after few words say little. Reviews of five and six stars are not in the data, so it "
+    "has never seen a lukewarm one.",
 )
 
 
@@ -257,9 +257,7 @@ def describe(model: nn.Module) -> dict[str, bundle.Graph]:
     assert isinstance(model, Sentiment)
     dims = model.dims
     labels, hidden = len(dims.labels), dims.hidden
-    tokens = bundle.Tensor(
-        "tokens", "int64", (bundle.BATCH, bundle.TIME), "word ids of the vocabulary", low=0, high=dims.vocabulary - 1
-    )
+    tokens = bundle.Tensor("tokens", "int64", (bundle.BATCH, bundle.TIME), "word ids of the vocabulary", low=0, high=dims.vocabulary - 1)
     outputs = (
         bundle.Tensor("probabilities", "float32", (bundle.BATCH, labels), "of each label, after all that was read"),
         bundle.Tensor("logits", "float32", (bundle.BATCH, labels), "the same before softmax"),
@@ -280,9 +278,7 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, tokens: Tensor, h: Tensor, c: Tensor, highest: Tensor, total: Tensor, count: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, tokens: Tensor, h: Tensor, c: Tensor, highest: Tensor, total: Tensor, count: Tensor) -> tuple[Tensor, ...]:
         logits, *states = self.model.step(tokens, h, c, highest, total, count)
         return torch.softmax(logits, -1), logits, *states
 

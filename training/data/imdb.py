@@ -21,9 +21,7 @@ OFFICIAL = Source(
 LABELLED = Source(
     "aclImdb_labelled.tar.xz", None, "sha256:4cf0452d74306be21ae85ddbd64c6c252486c0aea24cb52d6534dd0dbe0389c2"
 )  # the same reviews, repacked without the unlabelled half
-UNLABELLED = Source(
-    "aclImdb_unsup.tar.xz", None, "sha256:e54cb0214c0687104569ccc010bda7d9b6e1272bdbfd1c5224d412822b4acce3"
-)
+UNLABELLED = Source("aclImdb_unsup.tar.xz", None, "sha256:e54cb0214c0687104569ccc010bda7d9b6e1272bdbfd1c5224d412822b4acce3")
 
 LABELS = ("negative", "positive")
 _MEMBER = re.compile(r"aclImdb/(train|test)/(neg|pos|unsup)/(\d+)_(\d+)\.txt")

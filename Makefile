@@ -1,0 +1,49 @@
+# Two commands on a fresh machine: `make serve` and `make test`. Everything they need is installed into .venv.
+
+PYTHON ?= python3
+DATA ?= ../shared/data
+BIN := .venv/bin
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUN ?=
+
+.PHONY: serve demo test check quality protos setup setup-dev clean
+
+serve: setup            ## serve the ready models on localhost:8001
+	$(BIN)/seqserve serve $(RUN)
+
+demo: setup             ## start a server, ask it real questions, stop it
+	$(BIN)/seqserve demo
+
+test: setup-dev         ## all tests
+	$(BIN)/python -m pytest $(RUN)
+
+check: setup-dev        ## format, lint, types, import arrows, generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m protos --check
+
+quality: setup-dev      ## the shipped bundles on the full test sets: DATA=DIR, RUN=--served over gRPC
+	$(BIN)/python -m tests.figures.quality --data $(DATA) $(RUN)
+
+protos: setup-dev       ## write the stubs anew from protos/*.proto
+	$(BIN)/python -m protos
+
+setup: .venv/.serve
+setup-dev: .venv/.dev
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "seqserve needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/.serve: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[cpu]'
+	touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[cpu,train,dev]'
+	touch $@ .venv/.serve
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

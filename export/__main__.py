@@ -1,0 +1,64 @@
+"""`python -m export RUN --out DIR`, also `seqserve export`: from a checkpoint to a bundle that can be served.
+
+It knows the order of things: graphs, proof, resources, card, and the description last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EPILOG = """
+examples:
+  python -m export runs/sentiment --out models/sentiment/1
+  python -m export runs/sentiment --out models/sentiment/2 --scores quality.json   test figures into the model card
+
+Each graph is run by the server's own runner and compared with PyTorch; where they differ nothing is exported.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    words = argparse.ArgumentParser(
+        prog="seqserve export", description="Export a training run as a bundle.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    words.add_argument("run", type=Path, help="directory of a training run, with its checkpoint.pt")
+    words.add_argument("--out", type=Path, required=True, help="directory of the bundle, such as models/NAME/VERSION")
+    words.add_argument("--name", help="the model's name when served (default: the directory above --out, or the task)")
+    words.add_argument("--scores", type=Path, help="JSON of the quality command, for the model card")
+    return words
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export; 0 when done, 1 when something is missing or the proof fails (the reason is printed)."""
+    asked = parser().parse_args(arguments)
+
+    import torch  # seconds to import: not before the command line is known to be right
+
+    from contract import bundle as bundles
+    from export import bundling, verify
+
+    torch.set_num_threads(1)
+    name = asked.name or (asked.out.parent.name if asked.out.name.isdigit() else None)
+    try:
+        made = bundling.export(asked.run, asked.out, name, asked.scores)
+    except FileNotFoundError as e:
+        print(f"error: {e}; train first, see python -m training --help", file=sys.stderr)
+        return 1
+    except verify.VerifyError as e:
+        print(f"error: the graphs differ from PyTorch; nothing was exported\n{e}", file=sys.stderr)
+        return 1
+    except (bundles.BundleError, KeyError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    for graph, proof in made.verified.items():
+        print(f"{graph}: {proof['cases']} cases, largest error {proof['largest_error']:.1e}, " + bundling.verdict(proof))
+    size = sum(f.stat().st_size for f in asked.out.iterdir()) / 1e6
+    print(f"{made.name}: {asked.out} ({size:.1f} MB), {made.fingerprint[:19]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

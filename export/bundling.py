@@ -1,0 +1,91 @@
+"""A training run becomes a bundle: graphs written, proved, described; resources and card beside them.
+
+It knows the order and what a half-written bundle must never look like. It must not know any model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from contract import bundle as bundles
+from contract.bundle import Bundle, Graph
+from export import card, to_onnx, verify
+from server.graph import OnnxGraph
+from training import checkpoint, curves, tasks
+
+
+def export(run: Path, out: Path, name: str | None = None, scores: Path | None = None) -> Bundle:
+    """Write the bundle of a run into `out`, bundle.json last, and return it.
+
+    Everything is made and proved in a directory beside `out` first: where anything fails, `out` stays as it was. Raises
+    FileNotFoundError, verify.VerifyError, BundleError.
+    """
+    kept = checkpoint.load(run)
+    task = tasks.find(kept.task)
+    model = task.rebuild(kept.dims)
+    model.load_state_dict(dict(kept.weights))
+    model.eval()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as made_in:
+        made = Path(made_in)
+        graphs: dict[str, Graph] = {}
+        proofs: dict[str, Mapping[str, Any]] = {}
+        parts = task.parts(model)
+        for graph_name, described in task.describe(model).items():
+            file = made / described.file
+            to_onnx.write(described, parts[graph_name], file)
+            proof = verify.verify(graph_name, described, parts[graph_name], OnnxGraph(described, file))
+            for note in proof.notes[:3]:
+                print(f"warning: {graph_name}: {note}", file=sys.stderr)
+            graphs[graph_name], proofs[graph_name] = verify.settled(described, proof), proof.plain()
+        resources = task.resources(run)
+        for source in resources.values():
+            shutil.copyfile(source, made / source.name)
+        said = dict(task.task(model, run))
+        found = Bundle(
+            name=name or kept.task,
+            graphs=graphs,
+            main=str(said.pop("main", next(iter(graphs)))),
+            task=said,
+            resources={n: f.name for n, f in resources.items()},
+            made_from=_origin(kept),
+            verified=proofs,
+        )
+        found = bundles.save(found, made)
+        shown = card.Scores.read(scores, found.name) if scores is not None else card.Scores()
+        others = [f for f in sorted(run.glob("*.png")) if f.name != curves.PICTURE]
+        pictures = [card.Picture(f, f.stem.replace("-", " ").capitalize()) for f in others]
+        card.write(made, found, kept, task.ABOUT, run, shown, pictures)
+        _move(made, out)
+    return bundles.load(out)
+
+
+def verdict(proof: Mapping[str, Any]) -> str:
+    """The bit-for-bit findings of a graph in words."""
+    batched = "batched = alone bit for bit" if proof["batched_is_alone"] else "batched differs from alone: never shared among callers"
+    if "cut_is_whole" not in proof:
+        return batched
+    return batched + (", cut = whole bit for bit" if proof["cut_is_whole"] else ", cut = whole but for the last bits")
+
+
+def _origin(kept: checkpoint.Checkpoint) -> dict[str, Any]:
+    return {
+        "task": kept.task, "config": dict(kept.config), "command": kept.command, "revision": kept.revision,
+        "scores": dict(kept.scores), "step": kept.step, "parameters": kept.parameters,
+        "tools": {name: version(name).partition("+")[0] for name in ("torch", "onnx", "onnxscript", "onnxruntime")},
+    }  # fmt: skip
+
+
+def _move(made: Path, out: Path) -> None:
+    """Put finished files in place: an earlier bundle.json goes first and the new one comes last, so that at no moment the
+    description in `out` speaks of files that are not all there."""
+    out.mkdir(exist_ok=True)
+    (out / bundles.FILE).unlink(missing_ok=True)
+    for file in sorted(made.iterdir(), key=lambda f: f.name == bundles.FILE):
+        file.replace(out / file.name)

@@ -1,0 +1,111 @@
+"""The model card: README.md of a bundle, for people. It knows wording and layout, no model and no onnx."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from contract.bundle import Bundle
+from training import curves
+from training.checkpoint import Checkpoint
+from training.config import parse
+from training.tasks import About
+
+FILE = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of the card, with what it shows."""
+
+    file: Path
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Figures that the quality command measured on the test set, as it wrote them."""
+
+    rows: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+    @classmethod
+    def read(cls, file: Path, model: str) -> Scores:
+        """The rows of a model in the quality command's JSON: a list of objects with model, metric, value and maybe floor
+        and on (the data they were measured on)."""
+        document = json.loads(file.read_text(encoding="utf-8"))
+        rows = document.get("results", []) if isinstance(document, dict) else document
+        return cls(tuple(r for r in rows if r.get("model") == model))
+
+
+def write(
+    directory: Path, bundle: Bundle, kept: Checkpoint, about: About, run: Path, scores: Scores, pictures: Sequence[Picture] = ()
+) -> None:
+    """Write the card into a bundle's directory, the learning curve and other pictures beside it."""
+    shown = [p for p in (Picture(run / curves.PICTURE, "Learning curves; dotted: the weights kept."), *pictures) if p.file.is_file()]
+    for picture in shown:
+        shutil.copyfile(picture.file, directory / picture.file.name)
+    size = sum(f.stat().st_size for f in directory.iterdir() if f.suffix == ".onnx")
+    paragraphs = [
+        f"# {about.title}",
+        about.use,
+        f"Served under the name `{bundle.name}`, task `{bundle.kind}`. {kept.parameters:,} parameters, {size / 1e6:.1f} MB.",
+        "## Design",
+        about.design,
+        "## Figures",
+        *_figures(kept, scores),
+        "## Data and licence",
+        about.data,
+        about.licence,
+        "## Limits",
+        about.limits,
+        "## Making",
+        "```sh\n" + kept.command + f"\npython -m export {_run_of(kept)} --out models/{bundle.name}/1\n```",
+        f"Seed {kept.config['seed']}, weights of step {kept.step} (epoch {kept.epoch + 1})."
+        + (f" Code at revision `{kept.revision}`." if kept.revision else ""),
+        "<details><summary>Configuration</summary>\n\n```toml\n" + parse(kept.config).to_toml() + "```\n\n</details>",
+        "## Graphs",
+        *_graphs(bundle),
+        *(f"![{p.caption}]({p.file.name})" for p in shown),
+    ]
+    (directory / FILE).write_text("\n\n".join(p for p in paragraphs if p) + "\n", encoding="utf-8")
+
+
+def _figures(kept: Checkpoint, scores: Scores) -> list[str]:
+    lines = ["| measured on | metric | value | floor |", "|---|---|---:|---:|"]
+    for r in scores.rows:
+        floor = r.get("floor")
+        lines.append(f"| {r.get('on', 'test set')} | {r['metric']} | {_number(r['value'])} | {'' if floor is None else floor} |")
+    lines += [f"| validation | {n.removeprefix('validation_').replace('_', ' ')} | {_number(v)} | |" for n, v in kept.scores.items()]
+    note = "" if scores.rows else "Figures on the test set come from the quality command, which runs this bundle as it is served."
+    return ["\n".join(lines), note]
+
+
+def _graphs(bundle: Bundle) -> list[str]:
+    lines = ["| graph | in | out | carried | largest error | batched = alone | cut = whole |", "|---|---|---|---|---:|---|---|"]
+    for name, graph in bundle.graphs.items():
+        proof = bundle.verified.get(name, {})
+        yes = {True: "bit for bit", False: "nearly", None: ""}
+        lines.append(
+            f"| `{name}` | {_tensors((t.name, t.axes) for t in graph.inputs)} | {_tensors((t.name, t.axes) for t in graph.outputs)}"
+            f" | {_tensors((s.input, s.axes) for s in graph.states)} | {proof.get('largest_error', 0):.1e}"
+            f" | {yes[proof.get('batched_is_alone')]} | {yes[proof.get('cut_is_whole')]} |"
+        )
+    return ["\n".join(lines), "Errors are against PyTorch, found by running the server's own graph runner."]
+
+
+def _tensors(listed: Any) -> str:
+    return ", ".join(f"`{name}` [{', '.join(str(a) for a in axes)}]" for name, axes in listed)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _run_of(kept: Checkpoint) -> str:
+    """The directory that the recorded command wrote to."""
+    words = kept.command.split()
+    return words[words.index("--out") + 1] if "--out" in words[:-1] else f"runs/{kept.task}"

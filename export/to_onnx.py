@@ -1,0 +1,111 @@
+"""PyTorch → ONNX: the only caller of torch.onnx.
+
+It knows how a contract's axes become dynamic shapes, and what must not stay in a file. It must not know any model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from contract.bundle import Graph
+from export import draw
+
+OPSET = 20
+
+
+def write(graph: Graph, module: nn.Module, file: Path) -> None:
+    """Export `module` as the contract names its tensors, weights inside; nothing of the machine is left in the file.
+
+    `module.forward` takes inputs, then states, and returns a tuple of outputs, then next states.
+    """
+    random = np.random.default_rng(0)
+    # Sizes all different and none 1, so that the tracer can't take one axis for another or a size for a constant.
+    rows = [draw.row(graph, size, random) | draw.fresh(graph) for size in draw.sizes(graph, 3, min(5, graph.max_time), random)]
+    draw.constants_alike(graph, rows)
+    feeds = draw.stack(graph, rows, [min(5, graph.max_time)] * 3)
+    tensors = [(t.name, t.axes) for t in graph.inputs] + [(s.input, s.axes) for s in graph.states]
+    dims: dict[str, Any] = {}
+    shapes = tuple(
+        {
+            place: dims.setdefault(axis, torch.export.Dim(re.sub(r"\W", "_", axis)))
+            for place, axis in enumerate(axes)
+            if isinstance(axis, str) and not (axis == "time" and graph.max_time == 1)
+        }
+        for _, axes in tensors
+    )
+    with warnings.catch_warnings(), _quiet(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's advice on its own insides
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(torch.from_numpy(feeds[name]) for name, _ in tensors),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=[name for name, _ in tensors],
+            output_names=[t.name for t in graph.outputs] + [s.output for s in graph.states],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None  # dynamo=True always returns one
+    model = program.model_proto
+    bare(model)
+    onnx.checker.check_model(model)
+    file.write_bytes(model.SerializeToString())
+
+
+def bare(model: onnx.ModelProto) -> None:
+    """Drop notes that the exporter leaves: stack traces with paths, module names, doc strings. In place."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    _bare_graph(model.graph)
+    for function in model.functions:
+        function.doc_string = ""
+        del function.metadata_props[:]
+        _bare_nodes(function.node)
+
+
+def _bare_graph(graph: onnx.GraphProto) -> None:
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    del graph.value_info[:]  # shapes in between: onnxruntime infers its own
+    for value in (*graph.input, *graph.output):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    for weights in graph.initializer:
+        weights.doc_string = ""
+        del weights.metadata_props[:]
+    _bare_nodes(graph.node)
+
+
+def _bare_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
+    for node in nodes:
+        node.doc_string = ""
+        del node.metadata_props[:]
+        for attribute in node.attribute:
+            attribute.doc_string = ""
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _bare_graph(attribute.g)
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The exporter prints its progress; what fails is an exception all the same."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

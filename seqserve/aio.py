@@ -1,0 +1,209 @@
+"""The asyncio client: the same calls as `client.Client`, awaited.
+
+What it sends and how replies are read is in `wire`, when it tries again in `retry`. One client belongs to one event
+loop: the connection is made at the first call, on the loop that runs then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+import grpc
+import grpc.aio
+from numpy.typing import ArrayLike
+
+from seqserve import errors, results, retry, wire
+from seqserve.client import OPTIONS, RETRIES, TIMEOUT
+
+R = TypeVar("R")
+
+
+class AsyncClient:
+    """As `seqserve.Client`, with the same arguments, for use within asyncio.
+
+    async with seqserve.AsyncClient() as client:
+        (await client.classify("A film to remember.")).label
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:8001",
+        *,
+        timeout: float = TIMEOUT,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+        retries: int = RETRIES,
+    ) -> None:
+        self.target = target
+        self._timeout = timeout
+        self._metadata = tuple(metadata)
+        self._retries = retries
+        self._credentials = credentials
+        self._channel: grpc.aio.Channel | None = None
+        self._unary: dict[str, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {}
+        self._streams: dict[str, grpc.aio.UnaryStreamMultiCallable[bytes, bytes]] = {}
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection; calls in flight are cancelled."""
+        if self._channel is not None:
+            await self._channel.close(None)
+
+    @overload
+    async def classify(
+        self, text: str, model: str = "", version: str = "", *, timeout: float | None = None
+    ) -> results.Classification: ...
+    @overload
+    async def classify(
+        self, text: list[str] | tuple[str, ...], model: str = "", version: str = "", *, timeout: float | None = None
+    ) -> list[results.Classification]: ...
+    async def classify(
+        self, text: str | list[str] | tuple[str, ...], model: str = "", version: str = "", *, timeout: float | None = None
+    ) -> results.Classification | list[results.Classification]:
+        """Labels a text, or each of a list (at most 256). Without `model`, by the server's only classifier."""
+        return await self._call(wire.classify(text, model, version), timeout)
+
+    async def translate(
+        self,
+        text: str,
+        source: str = "",
+        target: str = "",
+        beam: int = 0,
+        max_tokens: int = 0,
+        attention: bool = False,
+        model: str = "",
+        version: str = "",
+        *,
+        timeout: float | None = None,
+    ) -> results.Translation:
+        """Translates a text. Languages are ISO 639-1 codes; `beam` 1 is greedy, 0 the model's own choice."""
+        return await self._call(wire.translate(text, source, target, beam, max_tokens, attention, model, version), timeout)
+
+    def translate_stream(
+        self,
+        text: str,
+        source: str = "",
+        target: str = "",
+        beam: int = 0,
+        max_tokens: int = 0,
+        attention: bool = False,
+        model: str = "",
+        version: str = "",
+        *,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[results.TranslationPiece, None]:
+        """The same, piece by piece as the decoder settles them; the last has the whole. Closing it ends the call."""
+        call = wire.translate_stream(text, source, target, beam, max_tokens, attention, model, version)
+        return self._stream(call, timeout)
+
+    async def forecast(
+        self,
+        observations: ArrayLike,
+        horizon: int = 0,
+        quantiles: Sequence[float] = (),
+        model: str = "",
+        version: str = "",
+        *,
+        timeout: float | None = None,
+    ) -> results.Forecast:
+        """Continues a series: steps × channels in raw units, oldest first. Empty choices are the model's own."""
+        return await self._call(wire.forecast(observations, horizon, quantiles, model, version), timeout)
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        outputs: Iterable[str] = (),
+        version: str = "",
+        id: str = "",
+        parameters: Mapping[str, wire.Parameter] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> results.Inference:
+        """Runs a model's main graph on arrays (Open Inference Protocol); `model_metadata` says which it takes."""
+        return await self._call(wire.infer(model, inputs, outputs, version, id, parameters), timeout)
+
+    async def models(self, *, timeout: float | None = None) -> list[results.Model]:
+        """What the server serves, every version of it."""
+        return await self._call(wire.models(), timeout)
+
+    async def model_metadata(self, name: str, version: str = "", *, timeout: float | None = None) -> results.ModelMetadata:
+        """The tensors that `infer` takes and gives for a model."""
+        return await self._call(wire.model_metadata(name, version), timeout)
+
+    async def metadata(self, *, timeout: float | None = None) -> results.ServerMetadata:
+        """What the server says of itself."""
+        return await self._call(wire.metadata(), timeout)
+
+    async def live(self, *, timeout: float | None = None) -> bool:
+        """Whether a server is there."""
+        return await self._call(wire.live(), timeout)
+
+    async def ready(self, *, timeout: float | None = None) -> bool:
+        """Whether a server is there and serves all its models."""
+        return await self._call(wire.ready(), timeout)
+
+    async def model_ready(self, name: str, version: str = "", *, timeout: float | None = None) -> bool:
+        """Whether a model can be called now."""
+        return await self._call(wire.model_ready(name, version), timeout)
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> str:
+        """The standard health check's word: SERVING, NOT_SERVING, UNKNOWN. Raises NotFound for an unknown service."""
+        return await self._call(wire.health(service), timeout)
+
+    def _connected(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.target, OPTIONS)
+            else:
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, OPTIONS)
+        return self._channel
+
+    async def _call(self, call: wire.Call[R], timeout: float | None) -> R:
+        if (send := self._unary.get(call.path)) is None:
+            send = self._unary[call.path] = self._connected().unary_unary(call.path, bytes, bytes)
+        tries = retry.Tries(self._retries, self._timeout if timeout is None else timeout)
+        while True:
+            try:
+                return call.read(await send(call.request, timeout=tries.left(), metadata=self._metadata))
+            except grpc.aio.AioRpcError as e:
+                failure = errors.from_rpc(e)
+                if call.absent is not None and isinstance(failure, errors.Unavailable):
+                    return call.absent
+                if (wait := tries.after(failure)) is None:
+                    raise failure from e
+            await self._sleep(wait)
+
+    async def _stream(self, call: wire.Call[R], timeout: float | None) -> AsyncGenerator[R, None]:
+        """As `_call`, but tried again only while nothing has come: pieces given out can't be taken back."""
+        if (send := self._streams.get(call.path)) is None:
+            send = self._streams[call.path] = self._connected().unary_stream(call.path, bytes, bytes)
+        tries = retry.Tries(self._retries, self._timeout if timeout is None else timeout)
+        begun = False
+        while True:
+            replies: Any = send(call.request, timeout=tries.left(), metadata=self._metadata)
+            try:
+                async for raw in replies:
+                    begun = True
+                    yield call.read(raw)
+                return
+            except grpc.aio.AioRpcError as e:
+                failure = errors.from_rpc(e)
+                if begun or (wait := tries.after(failure)) is None:
+                    raise failure from e
+            finally:
+                replies.cancel()  # nothing where it is over; where the caller left, the server is told
+            await self._sleep(wait)
+
+    async def _sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)

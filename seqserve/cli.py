@@ -1,0 +1,242 @@
+"""The command `seqserve`: options, rooms, exit codes. What a command does is in `commands`.
+
+This file must not import the other rooms: `serve`, `train` and `export` are found through the entry points of the
+group `seqserve.commands`, each a function from the arguments to the exit code. So the client is of use without them.
+
+Exit codes: 0, 1 where the server is the trouble, 2 where the input is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+from seqserve import commands, demo, errors, inputs
+from seqserve.client import TIMEOUT, Client
+
+GROUP = "seqserve.commands"
+SERVER = "localhost:8001"
+
+ROOMS: Mapping[str, tuple[str, str]] = {
+    "serve": ("start a server", "cpu"),
+    "train": ("train a model from data", "train"),
+    "export": ("turn a trained model into a bundle that can be served", "train"),
+}
+"""Commands of other rooms: what each does, and the extra that brings it."""
+
+Command = Callable[[Client, argparse.Namespace], None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code. Leaves argparse's own SystemExit (0 after help, 2) to the caller."""
+    argv = sys.argv[1:] if argv is None else argv
+    rooms = {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
+    if argv and argv[0] in {*ROOMS, *rooms}:
+        return _room(argv[0], rooms.get(argv[0]), argv[1:])
+    parser = _parser(rooms)
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    options = parser.parse_args(argv)
+    server = getattr(options, "server", None) or os.environ.get("SEQSERVE_SERVER") or SERVER
+    timeout = getattr(options, "timeout", TIMEOUT)
+    try:
+        if options.command == "demo":
+            return demo.run(getattr(options, "server", None), Path(options.models) if options.models else None)
+        if "run" not in options:
+            raise inputs.Usage(f"it takes its own options only: seqserve {options.command} --help")
+        with Client(server, timeout=timeout) as client:
+            options.run(client, options)
+            sys.stdout.flush()
+    except inputs.Usage as e:
+        return _say(options.command, str(e), 2)
+    except errors.Error as e:
+        return _say(options.command, *explain(e, server, timeout))
+    except BrokenPipeError:
+        # The reader has gone, as with `| head`; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def explain(error: errors.Error, server: str, timeout: float) -> tuple[str, int]:
+    """One line for a failed call, with what to do, and the exit code."""
+    match error:
+        case errors.Unavailable():
+            todo = "start one with `seqserve serve`, or name another with --server HOST:PORT"
+            return f"no server is ready at {server} ({error}): {todo}", 1
+        case errors.DeadlineExceeded():
+            return f"no answer from {server} within {timeout:g} s: allow more with --timeout SECONDS", 1
+        case errors.Overloaded():
+            return f"the server is full ({error}): try again in {error.retry_after:g} s", 1
+        case errors.NotFound(status="UNIMPLEMENTED"):
+            return f"the server at {server} does not have this call ({error}): is it a seqserve of this release?", 1
+        case errors.InvalidInput() | errors.NotFound() | errors.FailedPrecondition() | errors.Denied():
+            return str(error), 2
+        case errors.Cancelled():
+            return f"the call was cancelled: {error}", 1
+        case _:
+            return f"the server failed: {error}; its log says more", 1
+
+
+def _say(command: str, message: str, code: int) -> int:
+    print(f"seqserve {command}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _room(name: str, entry: metadata.EntryPoint | None, argv: list[str]) -> int:
+    extra = ROOMS[name][1] if name in ROOMS else ""
+    install = f"pip install 'seqserve[{extra}]'" if extra else "install the package it comes from again"
+    if entry is None:
+        return _say(name, f"this command is not installed: {install}", 2)
+    try:
+        run: Callable[[list[str]], int] = entry.load()
+    except ModuleNotFoundError as e:
+        return _say(name, f"the module {e.name!r} is not installed: {install}", 2)
+    return run(argv)
+
+
+# Options
+
+
+def _parser(rooms: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    where = common.add_argument_group("server")
+    where.add_argument("--server", metavar="HOST:PORT", help=f"default: $SEQSERVE_SERVER, else {SERVER}")
+    where.add_argument("--timeout", metavar="SECONDS", type=_seconds, help=f"for each call, default {TIMEOUT:g}")
+
+    parser = argparse.ArgumentParser(
+        prog="seqserve",
+        parents=[common],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Serve, train and use sequence models.",
+        epilog="examples:\n"
+        "  seqserve serve                                     start a server\n"
+        "  seqserve classify 'A film to remember.'            ask it\n"
+        "  seqserve translate --stream 'A dog runs.'          see the tokens come\n"
+        "  seqserve demo                                      see everything once\n\n"
+        "`seqserve COMMAND --help` has the options of a command, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"seqserve {_version()}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    for name in dict.fromkeys([*ROOMS, *rooms]):
+        missing = "" if name in rooms else f" (not installed: pip install 'seqserve[{ROOMS[name][1]}]')"
+        subparsers.add_parser(name, help=(ROOMS[name][0] if name in ROOMS else f"see seqserve {name} --help") + missing)
+
+    def add(name: str, run: Command | None, summary: str, description: str, *examples: str) -> argparse.ArgumentParser:
+        made = subparsers.add_parser(
+            name,
+            parents=[common],
+            help=summary,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="\n  ".join(["example:" if len(examples) == 1 else "examples:", *examples]),
+        )
+        if run is not None:
+            made.set_defaults(run=run)
+        return made
+
+    c = add(
+        "classify", commands.classify, "label texts", "Labels each TEXT, or each line of standard input where there is none.",
+        "seqserve classify 'A film to remember.' 'Two hours I will not get back.'",
+        "seqserve classify --json < reviews.txt > labels.jsonl",
+    )  # fmt: skip
+    c.add_argument("text", metavar="TEXT", nargs="*")
+    _model_options(c)
+
+    c = add(
+        "translate", commands.translate, "translate texts", "Translates each TEXT, or each line of standard input where there is none.",
+        "seqserve translate 'A dog runs along the beach.' --beam 5",
+        "seqserve translate --stream 'Two men play chess in the park.'",
+        "seqserve translate --attention 'A child climbs a tree.'",
+    )  # fmt: skip
+    c.add_argument("text", metavar="TEXT", nargs="*")
+    c.add_argument("--source", metavar="LANGUAGE", default="", help="such as en; default: what the model translates")
+    c.add_argument("--target", metavar="LANGUAGE", default="", help="such as de")
+    c.add_argument("--beam", metavar="N", type=int, default=0, help="hypotheses kept, 1 to 10; default: the model's own")
+    c.add_argument("--max-tokens", metavar="N", type=int, default=0, help="stop after so many; default: the model's own limit")
+    c.add_argument("--stream", action="store_true", help="print tokens as they are decoded")
+    c.add_argument("--attention", action="store_true", help="show where the model looked for each token")
+    c.add_argument(
+        "--attention-png", metavar="FILE", type=Path, help="the same as a picture, of the last text (needs matplotlib)"
+    )
+    _model_options(c)
+
+    c = add(
+        "forecast", commands.forecast, "continue a series",
+        "Continues the series in a CSV file (- for standard input): a heading, then one row per step, oldest first.\n"
+        "Columns that are not numbers, such as dates, are left out; the model's look-back decides how many rows are read.",
+        "seqserve forecast measurements.csv --horizon 24",
+        "tail -n 200 log.csv | seqserve forecast - --columns load,temperature --quantiles 0.05,0.95 --json",
+    )  # fmt: skip
+    c.add_argument("csv", metavar="CSV")
+    c.add_argument("--horizon", metavar="STEPS", type=int, default=0, help="steps ahead; default: as many as the model gives")
+    c.add_argument("--quantiles", metavar="Q,Q", type=_numbers, default=[], help="such as 0.1,0.9; default: all the model has")
+    c.add_argument("--columns", metavar="NAME,NAME", type=lambda s: s.split(","), help="the model's channels, in its order")
+    _model_options(c)
+
+    c = add(
+        "models",
+        commands.models,
+        "list what a server serves",
+        "Lists what the server serves.",
+        "seqserve models --server gpu1:8001",
+    )
+    c.add_argument("--json", action="store_true", help="print JSON")
+
+    c = add(
+        "infer", commands.infer, "run a model on plain tensors",
+        "Runs a model on tensors: NAME=JSON, NAME=@FILE.json or NAME=@FILE.npy for each input.\n"
+        "JSON takes the datatype that the model names; without any input, the tensors it wants are listed.",
+        "seqserve infer sentiment",
+        "seqserve infer sentiment 'tokens=[[5, 17, 9]]'",
+        "seqserve infer forecaster values=@series.npy --out answers/",
+    )  # fmt: skip
+    c.add_argument("model", metavar="MODEL")
+    c.add_argument("input", metavar="NAME=VALUE", nargs="*")
+    c.add_argument("--output", metavar="NAME", action="append", default=[], help="only this output (may be repeated)")
+    c.add_argument("--model-version", metavar="VERSION", default="", help="default: the newest")
+    c.add_argument("--out", metavar="DIR", type=Path, help="write each output to DIR/NAME.npy")
+    c.add_argument("--json", action="store_true", help="print JSON")
+
+    c = add(
+        "demo", None, "see everything once",
+        "Starts a server with the bundles at hand, asks it for one of everything, and stops it; with --server, asks that one.",
+        "seqserve demo", "seqserve demo --models runs/bundles",
+    )  # fmt: skip
+    c.add_argument("--models", metavar="DIR", help="bundles to serve, default ./models")
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", default="", help="default: the server's only model for this task")
+    parser.add_argument("--model-version", metavar="VERSION", default="", help="default: the newest")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return seconds
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.1,0.9") from None
+
+
+def _version() -> str:
+    try:
+        return metadata.version("seqserve")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,219 @@
+"""The blocking client. What it sends and how replies are read is in `wire`, when it tries again in `retry`.
+
+Safe to use from many threads and from greenlets: it keeps no state between calls and starts no thread of its own.
+`aio` is its asyncio twin; both have the same methods.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+import grpc
+from numpy.typing import ArrayLike
+
+from seqserve import errors, results, retry, wire
+
+R = TypeVar("R")
+
+TIMEOUT = 60.0  # seconds: a long text, a wide beam and a full queue together stay well below
+RETRIES = 3
+
+OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_send_message_length", -1),  # what is too large is the server's to say
+    ("grpc.max_receive_message_length", -1),
+    # A dead connection under an open call is noticed within this time. Servers with gRPC's defaults cut off whoever
+    # pings more often than every 5 minutes.
+    ("grpc.keepalive_time_ms", 300_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Without these a channel that found nobody fails at once for a full second, and the retries with it.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+
+class Client:
+    """Calls a server at `target`, "host:port".
+
+    `timeout` is in seconds and bounds a call together with its retries; each method takes its own. `metadata` goes
+    with every call; `credentials` (grpc.ssl_channel_credentials() for TLS) replace the plain connection. A call that
+    the server was too busy for, or that found no server, is tried `retries` more times, if the deadline allows.
+
+    Methods raise `seqserve.Error`; the tree is in `seqserve.errors`.
+
+        with seqserve.Client() as client:
+            client.classify("A film to remember.").label
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:8001",
+        *,
+        timeout: float = TIMEOUT,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+        retries: int = RETRIES,
+    ) -> None:
+        self.target = target
+        self._timeout = timeout
+        self._metadata = tuple(metadata)
+        self._retries = retries
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, OPTIONS)
+        self._unary: dict[str, grpc.UnaryUnaryMultiCallable[bytes, bytes]] = {}
+        self._streams: dict[str, grpc.UnaryStreamMultiCallable[bytes, bytes]] = {}
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection; calls in flight are cancelled."""
+        self._channel.close()
+
+    @overload
+    def classify(
+        self, text: str, model: str = "", version: str = "", *, timeout: float | None = None
+    ) -> results.Classification: ...
+    @overload
+    def classify(
+        self, text: list[str] | tuple[str, ...], model: str = "", version: str = "", *, timeout: float | None = None
+    ) -> list[results.Classification]: ...
+    def classify(
+        self, text: str | list[str] | tuple[str, ...], model: str = "", version: str = "", *, timeout: float | None = None
+    ) -> results.Classification | list[results.Classification]:
+        """Labels a text, or each of a list (at most 256). Without `model`, by the server's only classifier."""
+        return self._call(wire.classify(text, model, version), timeout)
+
+    def translate(
+        self,
+        text: str,
+        source: str = "",
+        target: str = "",
+        beam: int = 0,
+        max_tokens: int = 0,
+        attention: bool = False,
+        model: str = "",
+        version: str = "",
+        *,
+        timeout: float | None = None,
+    ) -> results.Translation:
+        """Translates a text. Languages are ISO 639-1 codes; `beam` 1 is greedy, 0 the model's own choice."""
+        return self._call(wire.translate(text, source, target, beam, max_tokens, attention, model, version), timeout)
+
+    def translate_stream(
+        self,
+        text: str,
+        source: str = "",
+        target: str = "",
+        beam: int = 0,
+        max_tokens: int = 0,
+        attention: bool = False,
+        model: str = "",
+        version: str = "",
+        *,
+        timeout: float | None = None,
+    ) -> Generator[results.TranslationPiece, None, None]:
+        """The same, piece by piece as the decoder settles them; the last has the whole. Closing it ends the call."""
+        call = wire.translate_stream(text, source, target, beam, max_tokens, attention, model, version)
+        return self._stream(call, timeout)
+
+    def forecast(
+        self,
+        observations: ArrayLike,
+        horizon: int = 0,
+        quantiles: Sequence[float] = (),
+        model: str = "",
+        version: str = "",
+        *,
+        timeout: float | None = None,
+    ) -> results.Forecast:
+        """Continues a series: steps × channels in raw units, oldest first. Empty choices are the model's own."""
+        return self._call(wire.forecast(observations, horizon, quantiles, model, version), timeout)
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        outputs: Iterable[str] = (),
+        version: str = "",
+        id: str = "",
+        parameters: Mapping[str, wire.Parameter] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> results.Inference:
+        """Runs a model's main graph on arrays (Open Inference Protocol); `model_metadata` says which it takes."""
+        return self._call(wire.infer(model, inputs, outputs, version, id, parameters), timeout)
+
+    def models(self, *, timeout: float | None = None) -> list[results.Model]:
+        """What the server serves, every version of it."""
+        return self._call(wire.models(), timeout)
+
+    def model_metadata(self, name: str, version: str = "", *, timeout: float | None = None) -> results.ModelMetadata:
+        """The tensors that `infer` takes and gives for a model."""
+        return self._call(wire.model_metadata(name, version), timeout)
+
+    def metadata(self, *, timeout: float | None = None) -> results.ServerMetadata:
+        """What the server says of itself."""
+        return self._call(wire.metadata(), timeout)
+
+    def live(self, *, timeout: float | None = None) -> bool:
+        """Whether a server is there."""
+        return self._call(wire.live(), timeout)
+
+    def ready(self, *, timeout: float | None = None) -> bool:
+        """Whether a server is there and serves all its models."""
+        return self._call(wire.ready(), timeout)
+
+    def model_ready(self, name: str, version: str = "", *, timeout: float | None = None) -> bool:
+        """Whether a model can be called now."""
+        return self._call(wire.model_ready(name, version), timeout)
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> str:
+        """The standard health check's word: SERVING, NOT_SERVING, UNKNOWN. Raises NotFound for an unknown service."""
+        return self._call(wire.health(service), timeout)
+
+    def _call(self, call: wire.Call[R], timeout: float | None) -> R:
+        if (send := self._unary.get(call.path)) is None:
+            send = self._unary[call.path] = self._channel.unary_unary(call.path, bytes, bytes)
+        tries = retry.Tries(self._retries, self._timeout if timeout is None else timeout)
+        while True:
+            try:
+                return call.read(send(call.request, timeout=tries.left(), metadata=self._metadata))
+            except grpc.RpcError as e:
+                failure = errors.from_rpc(e)
+                if call.absent is not None and isinstance(failure, errors.Unavailable):
+                    return call.absent
+                if (wait := tries.after(failure)) is None:
+                    raise failure from e
+            self._sleep(wait)
+
+    def _stream(self, call: wire.Call[R], timeout: float | None) -> Generator[R, None, None]:
+        """As `_call`, but tried again only while nothing has come: pieces given out can't be taken back."""
+        if (send := self._streams.get(call.path)) is None:
+            send = self._streams[call.path] = self._channel.unary_stream(call.path, bytes, bytes)
+        tries = retry.Tries(self._retries, self._timeout if timeout is None else timeout)
+        begun = False
+        while True:
+            replies: Any = send(call.request, timeout=tries.left(), metadata=self._metadata)
+            try:
+                for raw in replies:
+                    begun = True
+                    yield call.read(raw)
+                return
+            except grpc.RpcError as e:
+                failure = errors.from_rpc(e)
+                if begun or (wait := tries.after(failure)) is None:
+                    raise failure from e
+            finally:
+                replies.cancel()  # nothing where it is over; where the caller left, the server is told
+            self._sleep(wait)
+
+    def _sleep(self, seconds: float) -> None:
+        time.sleep(seconds)

@@ -1,0 +1,227 @@
+"""`seqserve demo`: a server with the bundles at hand, one of everything asked of it, answers and times, a clean stop.
+
+The server is a process of its own, as users start it; this file must not import it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seqserve import errors, show
+from seqserve.client import Client
+from seqserve.results import Model
+
+ROOT = Path(__file__).resolve().parent.parent
+START = 30.0  # seconds that a server may take until it serves
+STOP = 15.0  # seconds that it may take to drain; nothing is in flight then
+
+REVIEWS = (
+    "I went in expecting very little and came out humming; the two leads are a joy and the last half hour is superb.",
+    "Slow, muddled and far too long. I kept checking my watch, and the ending made me angry.",
+    "A small, warm film with a great heart. My whole family loved it, and we will watch it again.",
+    "The jokes are stale, the acting is wooden and the plot makes no sense at all. A complete waste of an evening.",
+)
+CAPTION = "A brown dog runs along the beach with a stick in its mouth."
+CAPTIONS = (
+    "Two men are playing chess in a park.",
+    "A little girl in a red dress is climbing a tree.",
+    "A man is riding a bicycle down a busy street.",
+)
+CHANNELS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")  # a power transformer's loads and oil temperature
+
+
+class Failed(Exception):
+    """A step of the demo went wrong; the message says how."""
+
+
+def run(server: str | None = None, models: Path | None = None) -> int:
+    """Show everything once and return the exit code: 0 where every step went well, else 1.
+
+    `server` is one that runs already; without it one is started on a free port with the bundles in `models`.
+    """
+    began = time.monotonic()
+    try:
+        if server is not None:
+            with Client(server) as client:
+                show_all(client)
+        else:
+            with started(server_command(models or _models())) as port, Client(f"localhost:{port}") as client:
+                _title("Server", f"ready on port {port} after {time.monotonic() - began:.1f} s")
+                show_all(client)
+            print("\nThe server drained and stopped.")
+    except (Failed, errors.Error) as e:
+        print(f"\nseqserve demo failed: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(f"Everything took {time.monotonic() - began:.1f} s.")
+    return 0
+
+
+def _models() -> Path:
+    return ROOT / "models" if (ROOT / "models").is_dir() else Path("models").resolve()
+
+
+def server_command(models: Path) -> list[str]:
+    """The command that starts a server on a free port; `started` adds where to write that port."""
+    return [sys.executable, "-m", "server", "--models", str(models), "--port", "0"]
+
+
+@contextmanager
+def started(command: Sequence[str]) -> Iterator[int]:
+    """A server that runs while the block does; gives its port. On the way out it is told to drain (SIGTERM).
+
+    The server writes its port to the file after `--port-file`, by rename, once it serves. Raises Failed, with the end
+    of its log, where it stops before that or does not stop cleanly after.
+    """
+    with tempfile.TemporaryDirectory(prefix="seqserve-demo-") as directory:
+        port_file, log = Path(directory, "port"), Path(directory, "log")
+        # In front of what is there already: the rooms of this tree, for a checkout that is not installed.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [*command, "--port-file", str(port_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        try:
+            deadline = time.monotonic() + START
+            while not port_file.exists():
+                if process.poll() is not None:
+                    raise Failed(f"the server stopped with exit code {process.returncode}{_tail(log)}")
+                if time.monotonic() > deadline:
+                    raise Failed(f"the server was not ready within {START:g} s{_tail(log)}")
+                time.sleep(0.02)
+            yield int(port_file.read_text())
+            process.terminate()
+            try:
+                code = process.wait(STOP)
+            except subprocess.TimeoutExpired:
+                raise Failed(f"the server did not stop within {STOP:g} s{_tail(log)}") from None
+            if code != 0:
+                raise Failed(f"the server stopped with exit code {code}{_tail(log)}")
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()[-20:]
+    return "; the end of its log:\n  " + "\n  ".join(lines) if lines else ", without a word"
+
+
+def show_all(client: Client) -> None:
+    """Ask for one of everything; raises Failed or Error at the first step that goes wrong."""
+    models = client.models()
+    if missing := {"classify", "translate", "forecast"} - {m.kind for m in models if m.ready}:
+        raise Failed(f"the server has no model to {', '.join(sorted(missing))}: the demo needs all three")
+    for model in models:
+        print(f"  {model.name} {model.version}: {model.kind}")
+    show_classify(client)
+    show_stream(client)
+    show_beam(client)
+    show_forecast(client)
+    show_tensors(client, next(m for m in models if m.ready and m.kind == "classify"))
+
+
+def show_classify(client: Client) -> None:
+    began = time.perf_counter()
+    answers = client.classify(list(REVIEWS))
+    _title("Classify", f"{len(REVIEWS)} reviews in {_ms(began)}")
+    for text, answer in zip(REVIEWS, answers, strict=True):
+        if not answer.label or abs(sum(answer.scores.values()) - 1) > 1e-3:
+            raise Failed(f"the scores of {text!r} do not sum to 1: {answer.scores}")
+        print(f"  {answer.label:8}  {answer.score:6.1%}  {text}")
+
+
+def show_stream(client: Client) -> None:
+    _title("Translate, token by token", CAPTION)
+    began = time.perf_counter()
+    first, text, whole = "", "", None
+    print("  ", end="")
+    for piece in client.translate_stream(CAPTION):
+        first = first or _ms(began)
+        text += piece.text
+        whole = piece.done
+        print(piece.text, end="", flush=True)
+    print(f"\n  first token after {first}, all after {_ms(began)}")
+    if whole is None or not text or text != whole.text:
+        raise Failed(f"the pieces are not the translation: {text!r}, {whole}")
+
+
+def show_beam(client: Client) -> None:
+    _title("Translate", "beam 5")
+    for caption in CAPTIONS:
+        began = time.perf_counter()
+        answer = client.translate(caption, beam=5)
+        if not answer.text:
+            raise Failed(f"{caption!r} was translated to nothing")
+        print(f"  {caption}\n  → {answer.text}  ({_ms(began)})")
+
+
+def show_forecast(client: Client) -> None:
+    observed = observations()
+    began = time.perf_counter()
+    answer = client.forecast(observed)
+    _title("Forecast", f"{len(answer.mean)} hours of {len(answer.channels)} channels in {_ms(began)}")
+    if not np.isfinite(answer.mean).all() or not len(answer.mean):
+        raise Failed(f"the forecast is not a series of numbers: {answer}")
+    print("  " + "\n  ".join(show.forecast(observed, answer, CHANNELS)))
+
+
+def show_tensors(client: Client, model: Model) -> None:
+    described = client.model_metadata(model.name)
+    inputs = {t.name: example(t.datatype, t.shape) for t in described.inputs}
+    began = time.perf_counter()
+    answer = client.infer(model.name, inputs)
+    _title("Plain tensors (Open Inference Protocol)", f"{model.name} in {_ms(began)}, {answer.timing.rounds} rounds")
+    for arrays, kind in ((inputs, "in "), (answer.outputs, "out")):
+        for name, array in arrays.items():
+            print(f"  {kind}  {name}  {array.dtype}{list(array.shape)}  {np.array2string(array, precision=3, threshold=16)}")
+    if not answer.outputs:
+        raise Failed("the model gave no outputs")
+
+
+def observations(steps: int = 96) -> NDArray[np.float32]:
+    """Made-up hourly readings of a transformer, steps × channels: a daily rhythm, a slow drift and some noise, in the
+    ranges that such a station has."""
+    hour = np.arange(steps)[:, np.newaxis]  # steps × 1
+    level = np.array([9.0, 2.5, 6.0, 1.2, 2.8, 0.9, 14.0])
+    swing = np.array([5.0, 1.2, 4.5, 0.9, 0.7, 0.25, 3.0])
+    peak = np.array([19.0, 19.0, 19.0, 19.0, 20.0, 20.0, 16.0])  # hour of the day
+    drift = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.5])
+    noise = np.random.default_rng(7).normal(0, 0.12, (steps, len(level)))
+    daily = np.cos((hour - peak) / 24 * 2 * np.pi) + 0.3 * np.cos((hour - peak) / 12 * 2 * np.pi)
+    return (level + swing * (daily + noise) + drift * hour / steps).astype(np.float32)
+
+
+def example(datatype: str, shape: Sequence[int]) -> NDArray[np.float32] | NDArray[np.int64]:
+    """A small tensor of a model's datatype and shape: one row, twelve of any other length that varies."""
+    varying = iter([1])
+    lengths = [n if n >= 0 else next(varying, 12) for n in shape]
+    if datatype == "INT64":
+        return np.arange(5, 5 + int(np.prod(lengths))).reshape(lengths)
+    if datatype == "FP32":
+        return np.linspace(-1, 1, int(np.prod(lengths)), dtype=np.float32).reshape(lengths)
+    raise Failed(f"the demo has no example of a {datatype} tensor")
+
+
+def _title(title: str, note: str) -> None:
+    print(f"\n{title}: {note}", flush=True)
+
+
+def _ms(began: float) -> str:
+    return f"{(time.perf_counter() - began) * 1e3:.0f} ms"

@@ -1,0 +1,116 @@
+"""What a user hands to the command: lines, CSV files, tensors. Knows nothing of servers and models."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seqserve import tensors
+
+
+class Usage(Exception):
+    """Input of the command line that can't be used; the message says what to do."""
+
+
+def texts(given: list[str]) -> Iterator[str]:
+    """The texts of the command line, else the lines of standard input that are not blank."""
+    if given:
+        return iter(given)
+    if sys.stdin.isatty():
+        print("One text a line, Ctrl-D to end:", file=sys.stderr)
+    return (line.rstrip("\r\n") for line in _lines() if line.strip())
+
+
+def _lines() -> Iterator[str]:
+    number = 0
+    while line := sys.stdin.buffer.readline():
+        number += 1
+        try:
+            yield line.decode()
+        except UnicodeDecodeError:
+            raise Usage(f"standard input, line {number}: not UTF-8; convert it first, for instance with iconv") from None
+
+
+def stdin() -> str:
+    return "".join(_lines())
+
+
+def read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise Usage(f"{file}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise Usage(f"{file}: not UTF-8; convert it first, for instance with iconv") from None
+
+
+def read_csv(text: str, columns: Sequence[str] | None, channels: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
+    """The names and values (steps × columns) of a CSV text with a heading.
+
+    Takes `columns` where given, else the model's `channels` where the file has them all, else every column whose
+    first value is a number. Raises Usage, naming the line, for values that are missing or no numbers.
+    """
+    lines = [line for line in csv.reader(io.StringIO(text, newline="")) if line]
+    if len(lines) < 2:
+        raise Usage("the CSV needs a heading and at least one row")
+    heading, first = [name.strip() for name in lines[0]], lines[1]
+    if all(_is_number(name) for name in heading):
+        raise Usage("the first row of the CSV must name the columns; it has numbers only")
+    if columns is not None:
+        if missing := [name for name in columns if name not in heading]:
+            raise Usage(f"no column {', '.join(missing)} in the CSV: it has {', '.join(heading)}")
+        names = list(columns)
+    elif channels and set(channels) <= set(heading):
+        names = list(channels)
+    else:
+        names = [name for name, value in zip(heading, first, strict=False) if _is_number(value)]
+    if not names:
+        raise Usage("no column of the CSV has numbers")
+    at = [heading.index(name) for name in names]
+    values = np.empty((len(lines) - 1, len(at)), np.float32)
+    for row, line in enumerate(lines[1:]):
+        for column, position in enumerate(at):
+            cell = line[position] if position < len(line) else ""
+            if not _is_number(cell):
+                raise Usage(f"row {row + 1} of the CSV, column {names[column]}: {cell!r} is not a number")
+            values[row, column] = float(cell)
+    return names, values
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def tensor(item: str, datatypes: Mapping[str, str]) -> tuple[str, NDArray[Any]]:
+    name, equals, value = item.partition("=")
+    if not (name and equals and value):
+        raise Usage(f"{item!r}: write NAME=JSON or NAME=@FILE")
+    if value.startswith("@") and not value.endswith(".json"):
+        try:
+            return name, np.load(value[1:], allow_pickle=False)
+        except OSError as e:
+            raise Usage(f"{value[1:]}: {e.strerror or e}") from None
+        except ValueError:
+            raise Usage(f"{value[1:]}: not an array that numpy.save wrote") from None
+    text = read(Path(value[1:])) if value.startswith("@") else value
+    try:
+        listed = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise Usage(f"{name}: not JSON ({e})") from None
+    datatype = datatypes.get(name, "")
+    try:
+        return name, np.array(listed, tensors.DATATYPES.get(datatype, object if datatype == tensors.BYTES else None))
+    except (TypeError, ValueError, OverflowError) as e:
+        raise Usage(f"{name}: not {datatype or 'an array'} ({e})") from None

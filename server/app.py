@@ -1,0 +1,98 @@
+"""Builds and joins all objects, and tells their life in order: load, listen, serve; then drain and stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+
+from server.catalog import Catalog
+from server.config import Config
+from server.engine import Workers
+from server.metrics import Metrics
+from server.rounds import Limits
+from server.rpc import health, inference, tasks
+from server.rpc.answer import Desk
+from server.rpc.front import Options, choose_front
+
+log = logging.getLogger(__name__)
+
+
+class App:
+    """One server. `start` returns once it serves; `stop` drains first."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.workers = Workers(config.workers)
+        limits = Limits(rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, workers=config.workers)
+        self.catalog = Catalog(self.workers, limits, self.metrics, config.max_request_rows)
+        services = [inference.SERVICE, tasks.SERVICE, health.SERVICE]
+        self.health = health.Health(services)
+        desk = Desk(self.metrics, config.access_log)
+        methods = {
+            **inference.Inference(self.catalog, lambda: self.health.serving).methods(desk),
+            **tasks.Tasks(self.catalog, lambda: self.health.serving).methods(desk),
+            **self.health.methods(desk),
+            **health.reflect(services),
+        }
+        options = Options(max_receive_bytes=config.max_message_bytes)
+        self.front = choose_front(config.front)(methods, options)
+        self.port = 0
+        self.metrics_port = -1
+        self._stop_metrics: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        """Load every bundle, listen, serve. Raises OSError where the port is taken, FileNotFoundError without models."""
+        began = time.monotonic()
+        if not self.config.models.is_dir():
+            raise FileNotFoundError(f"no directory {str(self.config.models)!r}: give the bundles' with --models")
+        self.catalog.scan(self.config.models)
+        models = self.catalog.models()
+        for model in models:
+            self.metrics.watch_queue(model.engine)
+        self.metrics.models([("ready", len(models)), ("refused", len(self.catalog.refused))])
+        self.port = self.front.listen(f"{self.config.host}:{self.config.port}", _credentials(self.config))
+        if self.config.metrics_port >= 0:
+            self.metrics_port, self._stop_metrics = self.metrics.serve(self.config.host, self.config.metrics_port)
+        self.workers.start()
+        self.front.start()
+        self.health.set(True)
+        if self.config.port_file is not None:
+            _write(self.config.port_file, str(self.port))
+        log.info(
+            "serving %d models on %s:%d (metrics %s) after %.2f s", len(models), self.config.host, self.port,
+            self.metrics_port if self.metrics_port >= 0 else "off", time.monotonic() - began,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """Take nothing new, finish what runs, end what is left after `drain_seconds`."""
+        began = time.monotonic()
+        self.health.set(False)
+        self.health.end()
+        self.front.drain()
+        done = self.workers.drain(self.config.drain_seconds)
+        left = max(0.0, self.config.drain_seconds - (time.monotonic() - began))
+        self.workers.stop()
+        self.front.stop(min(left, 1.0) if done else 0.0)  # replies are sent; a second is for slow readers
+        self._stop_metrics()
+        log.info("stopped after %.2f s%s", time.monotonic() - began, "" if done else "; some requests were refused")
+
+
+def _credentials(config: Config) -> grpc.ServerCredentials | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    ca = config.tls_client_ca.read_bytes() if config.tls_client_ca else None
+    pair = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
+    return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+
+
+def _write(file: Path, text: str) -> None:
+    """By rename, so that a reader never sees a part."""
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(file)

@@ -1,0 +1,183 @@
+"""All engines: bundles on disk → models that can be called; names and versions → one of them.
+
+A bundle is checked in full before it serves: its description, its files, its graphs against its description, its task,
+and a first run of every graph. A damaged one is refused with every fault listed, and the others serve on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from contract import bundle as contract
+from contract.bundle import BATCH, TIME, Bundle, BundleError, Graph, Tensor, is_ragged
+from server.engine import Engine, Watch, Workers
+from server.errors import NotFound, listed
+from server.graph import OnnxGraph
+from server.inputs import spell
+from server.rounds import Limits
+from server.tasks.classify import Classifier
+from server.tasks.forecast import Forecaster
+from server.tasks.tensors import Tensors
+from server.tasks.translate import Translator
+
+log = logging.getLogger(__name__)
+
+Task = Classifier | Translator | Forecaster
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a task needs of its bundle: a maker, and (graph, inputs, outputs); "" stands for the main graph."""
+
+    make: Callable[[Engine, Path], Task]
+    needs: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
+
+
+KINDS: Mapping[str, Kind] = {
+    "classify": Kind(Classifier, (("", ("tokens",), ("probabilities",)),)),
+    "forecast": Kind(Forecaster, (("", ("observations",), ("mean", "quantiles")),)),
+    "translate": Kind(Translator, (("encode", ("tokens",), ("memory",)), ("", ("tokens", "memory"), ("log_probs", "ids", "attention")))),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One version of a model, ready to be called."""
+
+    name: str
+    version: str
+    bundle: Bundle
+    engine: Engine
+    tensors: Tensors
+    task: Task | None
+
+
+class Catalog:
+    """The models of one directory: NAME/VERSION/bundle.json, versions being whole numbers, the highest the default."""
+
+    def __init__(self, workers: Workers, limits: Limits, watch: Watch, most_rows: int) -> None:
+        self._workers = workers
+        self._limits = limits
+        self._watch = watch
+        self._most_rows = most_rows
+        self._models: dict[str, dict[int, Model]] = {}
+        self.refused: dict[str, list[str]] = {}  # "name/version" → its faults
+
+    def scan(self, directory: Path) -> None:
+        """Load every bundle found; what can't be served is kept in `refused`, with its faults, and logged."""
+        for found in sorted(p for p in directory.glob("*/*") if p.is_dir() and not p.name.startswith(".")):
+            try:
+                self.load(found)
+            except BundleError as e:
+                self.refused[f"{found.parent.name}/{found.name}"] = e.faults
+                log.error("refused %s:%s", found, "".join(f"\n  - {fault}" for fault in e.faults))
+
+    def load(self, directory: Path) -> Model:
+        """Check, load and warm up the bundle in NAME/VERSION. Raises BundleError with every fault found."""
+        name, version = directory.parent.name, directory.name
+        if not version.isdecimal() or int(version) < 1:
+            raise BundleError(str(directory), [f"version {version!r} must be a whole number from 1: rename the directory"])
+        bundle = contract.load(directory)
+        if bundle.name != name:
+            raise BundleError(str(directory), [f"the bundle is named {bundle.name!r}: rename the directory or export it anew"])
+        graphs: dict[str, OnnxGraph] = {}
+        faults = _task_faults(bundle)
+        for key, graph in bundle.graphs.items():
+            try:
+                graphs[key] = OnnxGraph(graph, directory / graph.file)
+                faults += [f"graph {key!r}: {fault}" for fault in _first_run(graphs[key])]
+            except BundleError as e:
+                faults += [f"graph {key!r}: {fault}" for fault in e.faults]
+        if faults:
+            raise BundleError(str(directory), faults)
+        engine = Engine(bundle, version, graphs, self._workers, self._limits, self._watch)
+        try:
+            task = KINDS[bundle.kind].make(engine, directory) if bundle.kind in KINDS else None
+        except Exception as e:  # a vocabulary file that is none, a number that is none: the tokenizers library raises bare Exception
+            self._workers.remove(engine)
+            fault = f"task {bundle.kind!r} can't be set up ({type(e).__name__}: {e}): export the model again"
+            raise BundleError(str(directory), [fault]) from None
+        model = Model(name, version, bundle, engine, Tensors(engine, self._most_rows), task)
+        self._models.setdefault(name, {})[int(version)] = model
+        log.info("ready: %s version %s (%s)", name, version, bundle.kind)
+        return model
+
+    def find(self, name: str, version: str = "") -> Model:
+        """The model of that name, its newest version where none is given. Raises NotFound naming what exists."""
+        versions = self._models.get(name)
+        if not versions:
+            if any(key.split("/")[0] == name for key in self.refused):
+                raise NotFound("MODEL_REFUSED", f"model {name!r} could not be loaded; the server's log lists its faults", model=name)
+            known = listed(sorted(self._models))
+            raise NotFound("UNKNOWN_MODEL", f"there is no model {name!r}; there are: {known}", model=name, known=known)
+        if not version:
+            return versions[max(versions)]
+        model = versions.get(int(version)) if version.isdecimal() and len(version) < 20 else None
+        if model is None:
+            known = listed(sorted(versions))
+            message = f"model {name!r} has no version {version!r}; it has: {known}"
+            raise NotFound("UNKNOWN_VERSION", message, model=name, version=version, known=known)
+        return model
+
+    def models(self) -> list[Model]:
+        """Every version of every model, by name."""
+        return [self._models[name][version] for name in sorted(self._models) for version in sorted(self._models[name])]
+
+    def newest(self, kind: str) -> list[Model]:
+        """The newest version of each model of a task."""
+        return [m for m in (self.find(name) for name in sorted(self._models)) if m.bundle.kind == kind]
+
+
+def _task_faults(bundle: Bundle) -> list[str]:
+    """What the task needs and the bundle lacks."""
+    kind = KINDS.get(bundle.kind)
+    faults: list[str] = []
+    for where, inputs, outputs in kind.needs if kind else ():
+        graph = bundle.graphs.get(where or bundle.main)
+        if graph is None:
+            faults.append(f"task {bundle.kind!r} needs a graph {where!r}")
+            continue
+        faults += [f"task {bundle.kind!r} needs input {n!r} of graph {where or bundle.main!r}" for n in inputs if graph.input(n) is None]
+        faults += [f"task {bundle.kind!r} needs output {n!r} of graph {where or bundle.main!r}" for n in outputs if graph.output(n) is None]
+    return faults
+
+
+def _first_run(onnx: OnnxGraph) -> list[str]:
+    """Warm up with one row and with several, and see that the outputs have the promised forms; what is wrong."""
+    graph = onnx.graph
+    for rows, steps in ((1, 1), (3, min(2, graph.max_time))):
+        feeds = {t.name: _sample(t, rows, steps) for t in graph.inputs} | {s.input: s.fresh(rows) for s in graph.states}
+        try:
+            results = onnx.run(feeds)
+        except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
+            return [f"does not run with {rows} rows of {steps} steps: {str(e)[:300]}"]
+        sizes = {BATCH: rows, TIME: steps}
+        promised = [(t.name, t.axes, spell(t)) for t in graph.outputs]
+        promised += [(s.output, s.axes, f"{s.dtype} {list(s.axes)}") for s in graph.states]
+        for (name, axes, text), array in zip(promised, results, strict=True):
+            wanted = [a if isinstance(a, int) else sizes.get(a, rows * _CELLS if is_ragged(a) else _CELLS) for a in axes]
+            if list(array.shape) != wanted:
+                return [f"output {name!r} is {list(array.shape)} for {rows} rows of {steps} steps; promised is {text}"]
+    return []
+
+
+_CELLS = 2  # the length of every other named axis in a first run
+
+
+def _sample(tensor: Tensor, rows: int, steps: int) -> np.ndarray[Any, Any]:
+    sizes = {BATCH: rows, TIME: steps}
+    shape = [a if isinstance(a, int) else sizes.get(a, rows * _CELLS if is_ragged(a) else _CELLS) for a in tensor.axes]
+    if tensor.role == "row":
+        return np.repeat(np.arange(rows, dtype=tensor.numpy_dtype), _CELLS)
+    if tensor.role == "lengths":
+        return np.full(rows, steps, tensor.numpy_dtype)
+    return np.full(shape, tensor.low or 0, tensor.numpy_dtype)
+
+
+__all__ = ["Catalog", "Graph", "Model"]

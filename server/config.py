@@ -1,0 +1,92 @@
+"""Every knob of the server, with its reason. One frozen object, from flags and SEQSERVE_* in the environment."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+def _knob(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How a server is set up. Each field is a flag (--max-rows) and a variable (SEQSERVE_MAX_ROWS); flags win."""
+
+    models: Path = _knob(Path("models"), "directory of bundles: NAME/VERSION/bundle.json")
+    host: str = _knob("127.0.0.1", "address to listen on; 0.0.0.0 to be reached from other machines")
+    port: int = _knob(8001, "gRPC port; 0 takes a free one")
+    port_file: Path | None = _knob(None, "write the gRPC port into this file once ready, for those who start us with --port 0")
+    metrics_port: int = _knob(8002, "Prometheus port (HTTP, /metrics); 0 takes a free one, -1 turns it off")
+    workers: int = _knob(os.cpu_count() or 1, "threads that run rounds; one per core, onnxruntime itself uses one thread each")
+    max_rows: int = _knob(64, "rows of one round; past 32 the cost a row is flat and rounds only get longer")
+    chunk: int = _knob(32, "time steps of one round; the most that a newcomer waits behind a long sequence")
+    max_queue: int = _knob(1024, "requests waiting or running per model; more are refused with a time to retry after")
+    max_request_rows: int = _knob(256, "rows that one tensor request may bring")
+    max_message_bytes: int = _knob(16 << 20, "size of one message; larger ones are refused")
+    front: str = _knob("auto", "how calls are carried: queue (grpc's completion queue, fastest), public (grpc.aio), auto")
+    drain_seconds: float = _knob(30.0, "how long a stopping server waits for running requests")
+    tls_cert: Path | None = _knob(None, "PEM certificate chain; with --tls-key, calls are encrypted")
+    tls_key: Path | None = _knob(None, "PEM private key of --tls-cert")
+    tls_client_ca: Path | None = _knob(None, "PEM authority that clients' certificates must come from (mutual TLS)")
+    log_level: str = _knob("info", "debug, info, warning or error")
+    access_log: bool = _knob(False, "log a line per call: method, peer, status, times")
+
+    def __post_init__(self) -> None:
+        least: Mapping[str, int] = {
+            "workers": 1, "max_rows": 1, "chunk": 1, "max_queue": 1, "max_request_rows": 1, "max_message_bytes": 1024, "port": 0,
+            "metrics_port": -1,
+        }  # fmt: skip
+        faults = [f"--{_flag(name)} must be at least {low}" for name, low in least.items() if getattr(self, name) < low]
+        faults += [f"--{_flag(name)} must be at most 65535" for name in ("port", "metrics_port") if getattr(self, name) > 65535]
+        if self.drain_seconds < 0:
+            faults.append("--drain-seconds must not be negative")
+        if self.front not in ("auto", "queue", "public"):
+            faults.append("--front must be auto, queue or public")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            faults.append("--log-level must be debug, info, warning or error")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            faults.append("--tls-cert and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            faults.append("--tls-client-ca needs --tls-cert and --tls-key")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @classmethod
+    def parse(cls, argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Config:
+        """From the command line and the environment; ends the process with usage help on a fault."""
+        parser = argparse.ArgumentParser(
+            prog="seqserve serve",
+            description="Serve ONNX sequence models over gRPC.",
+            epilog="example: seqserve serve --models models --port 8001",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for f in fields(cls):
+            assert f.default is not MISSING
+            kind = _kind(str(f.type))
+            given = environment.get("SEQSERVE_" + f.name.upper())
+            help = f"{f.metadata['help']} (default: {f.default})"
+            options: dict[str, Any] = {"default": f.default if given is None else given, "help": help}
+            if kind is bool:
+                options["default"] = f.default if given is None else given.lower() in ("1", "true", "yes")
+                parser.add_argument(f"--{_flag(f.name)}", action=argparse.BooleanOptionalAction, **options)
+            else:
+                parser.add_argument(f"--{_flag(f.name)}", type=kind, **options)
+        values = parser.parse_args(argv)
+        try:
+            return cls(**vars(values))
+        except ValueError as e:
+            parser.error(str(e))
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _kind(annotation: str) -> Any:
+    return {"int": int, "float": float, "bool": bool, "str": str}.get(annotation, Path)

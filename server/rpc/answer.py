@@ -1,0 +1,135 @@
+"""What every handler needs, once for all: parsing, typed errors, deadlines, cancellation, metrics and the access log.
+
+A handler is given a request and an Answer; it answers once, from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from server.errors import InvalidInput, ModelFailed, ServeError
+from server.metrics import Metrics
+from server.rpc.front import Call, Metadata, Method, server_stream, unary
+
+log = logging.getLogger(__name__)
+access = logging.getLogger("seqserve.access")
+
+DOMAIN = "seqserve"
+M = TypeVar("M", bound=Message)
+
+
+class Cancel(Protocol):
+    """What frees a caller's rows: Engine.cancel of its sequences."""
+
+    def __call__(self) -> None: ...
+
+
+class Answer:
+    """The one answer to a call, whatever it turns out to be."""
+
+    __slots__ = ("_desk", "_ended", "_method", "_since", "call")
+
+    def __init__(self, desk: Desk, call: Call, method: str) -> None:
+        self.call = call
+        self._desk = desk
+        self._method = method
+        self._since = time.monotonic()
+        self._ended = False
+
+    @property
+    def deadline(self) -> float | None:
+        return self.call.deadline
+
+    def send(self, message: Message) -> None:
+        """Unary: the answer. Streams: one message more."""
+        self.call.reply(message.SerializeToString())
+
+    def done(self, message: Message | None = None) -> None:
+        """The call ends well: a unary call with its message, a stream after its last."""
+        if message is not None:
+            self.call.reply(message.SerializeToString())
+        else:
+            self.call.finish()
+        self._end("OK")
+
+    def fail(self, error: Exception) -> None:
+        """The call ends with an error; what is no ServeError is a bug of ours, logged and told as INTERNAL."""
+        if not isinstance(error, ServeError):
+            log.exception("%s failed", self._method, exc_info=error)
+            error = ModelFailed("INTERNAL", "the server failed while it handled this call; its log has the reason")
+        self._desk.metrics.refused(error.reason)
+        self.call.fail(grpc.StatusCode[error.status], error.message, details(error))
+        self._end(error.status)
+
+    def cancel_by(self, cancel: Cancel) -> None:
+        """What to do when the caller leaves before it is answered."""
+
+        def gone() -> None:
+            cancel()
+            self._end("CANCELLED")
+
+        self.call.on_gone(gone)
+
+    def _end(self, code: str) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        seconds = time.monotonic() - self._since
+        self._desk.metrics.call(self._method, code, seconds)
+        if self._desk.access_log:
+            access.info("%s %s %s %.1f ms", self._method, self.call.peer, code, seconds * 1e3)
+
+
+class Desk:
+    """Turns typed handlers into what a front carries."""
+
+    def __init__(self, metrics: Metrics, access_log: bool) -> None:
+        self.metrics = metrics
+        self.access_log = access_log
+
+    def unary(self, request: type[M], handle: Callable[[M, Answer], None]) -> Method:
+        return unary(self._start(request, handle))
+
+    def server_stream(self, request: type[M], handle: Callable[[M, Answer], None]) -> Method:
+        return server_stream(self._start(request, handle))
+
+    def _start(self, request: type[M], handle: Callable[[M, Answer], None]) -> Callable[[Call, bytes], None]:
+        def start(call: Call, data: bytes) -> None:
+            answer = Answer(self, call, call.method)
+            try:
+                try:
+                    message = request.FromString(data)
+                except DecodeError:
+                    name = request.DESCRIPTOR.full_name
+                    fault = f"the message is not a valid {name}: text must be UTF-8, fields as in its .proto"
+                    raise InvalidInput("NOT_PROTOBUF", fault) from None
+                handle(message, answer)
+            except Exception as e:  # one caller's fault must not reach another's call
+                answer.fail(e)
+
+        return start
+
+
+def details(error: ServeError) -> Metadata:
+    """The error as google.rpc.Status in trailing metadata, where gRPC libraries look for it."""
+    status = Status(code=grpc.StatusCode[error.status].value[0], message=error.message)
+    info = AnyMessage()
+    info.Pack(ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.facts))
+    status.details.append(info)
+    if error.retry_after is not None:
+        retry = AnyMessage()
+        duration = Duration()
+        duration.FromNanoseconds(int(error.retry_after * 1e9))
+        retry.Pack(RetryInfo(retry_delay=duration))
+        status.details.append(retry)
+    return (("grpc-status-details-bin", status.SerializeToString()),)

@@ -1,0 +1,216 @@
+"""The door of the server: what a remote call looks like to a handler, and what a front must do to carry it.
+
+Two fronts stand behind these protocols: `queue_front` drives gRPC's completion queue itself (the default), `public_front` uses
+grpcio's public API. This file knows neither bundles nor protobuf: handlers get bytes, give bytes and parse for themselves.
+
+The contract of a handler: it never blocks, it may answer from any thread at any later time, and it ends every call with `reply`
+(unary), `finish` (streams) or `fail`. What comes after the end, or after the caller has gone, is dropped without a word.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import grpc
+
+logger = logging.getLogger(__name__)
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+class Call(Protocol):
+    """One remote call as its handler sees it; everything here may be used from any thread."""
+
+    @property
+    def method(self) -> str:
+        """The full name, such as `/inference.GRPCInferenceService/ModelInfer`."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the caller sent along; values of keys that end in `-bin` are bytes."""
+
+    @property
+    def peer(self) -> str:
+        """The caller's address as gRPC writes it, such as `ipv4:127.0.0.1:50412`."""
+
+    @property
+    def deadline(self) -> float | None:
+        """When the caller stops waiting, on `time.monotonic`'s clock; None if it waits for ever."""
+
+    @property
+    def waiting(self) -> int:
+        """Messages given to `reply` which the transport has not taken yet: a slow reader makes this grow."""
+
+    def reply(self, message: bytes, trailing: Metadata = ()) -> None:
+        """Unary: the one answer, which ends the call. Streams: one more message; give `trailing` to `finish` instead."""
+
+    def finish(self, trailing: Metadata = ()) -> None:
+        """Streams: end well, after everything replied so far."""
+
+    def fail(self, status: grpc.StatusCode, message: str, trailing: Metadata = ()) -> None:
+        """End with a status other than OK, after everything replied so far."""
+
+    def on_gone(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called once if the caller cancels, its deadline passes or its connection breaks before the handler ends
+        the call; at once if that has happened already, never after an end of our own. It runs on the front's thread: be short."""
+
+
+class Receiver(Protocol):
+    """What the handler of an open stream gives to the front; its methods are called one at a time, in the caller's order."""
+
+    def on_message(self, message: bytes) -> None:
+        """One message of the caller."""
+
+    def on_end(self) -> None:
+        """The caller has sent its last message and still listens: answer what is due, then `finish`."""
+
+
+Kind = Literal["unary", "server_stream", "stream"]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How calls of one method begin; `unary`, `server_stream` and `stream` below make them with the right types."""
+
+    kind: Kind
+    start: Callable[..., Receiver | None]
+
+
+def unary(start: Callable[[Call, bytes], None]) -> Method:
+    """One message in, one `reply` out."""
+    return Method("unary", start)
+
+
+def server_stream(start: Callable[[Call, bytes], None]) -> Method:
+    """One message in, any number of `reply`s out, then `finish`."""
+    return Method("server_stream", start)
+
+
+def stream(start: Callable[[Call], Receiver]) -> Method:
+    """Messages both ways, in any order, until `finish`."""
+    return Method("stream", start)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an operator may want to change about a front."""
+
+    max_receive_bytes: int = 16 << 20
+    """Longest message accepted; a longer one gets RESOURCE_EXHAUSTED. gRPC's own default of 4 MiB is one second of 1M floats."""
+
+    max_send_bytes: int = -1
+    """Longest message sent; -1 is no limit, since the messages are our own."""
+
+    backlog_messages: int = 256
+    """A stream is not read while more replies than this wait for its caller: a reader that is slow is asked no more questions."""
+
+    backlog_bytes: int = 16 << 20
+    """The same in bytes, for replies that are large."""
+
+    slots: int = 64
+    """Calls gRPC may hand over before the polling thread has turned to the first of them (completion queue only)."""
+
+
+DEFAULTS = Options()
+
+
+class Front(Protocol):
+    """Carries calls between the network and handlers. Life: construct, `listen` (once per address), `start`, `drain`, `stop`."""
+
+    def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS) -> None:
+        """`methods` is keyed by full name; a call of any other name gets UNIMPLEMENTED and a list of what there is."""
+
+    @property
+    def live(self) -> int:
+        """Calls that have begun and are not over."""
+
+    def listen(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+        """Bind `host:port` (port 0: any free one) and give the port bound; OSError if it is taken. Without credentials: no TLS."""
+
+    def start(self) -> None:
+        """Accept calls."""
+
+    def drain(self) -> None:
+        """Accept no more calls and ask callers to reconnect elsewhere (GOAWAY); running calls go on. Returns at once."""
+
+    def stop(self, grace_s: float) -> None:
+        """Drain, wait up to `grace_s` seconds for running calls, cancel the rest, and end the front's threads. Never call it
+        from a handler."""
+
+
+def choose_front(which: str = "auto") -> type[Front]:
+    """The front called "queue" or "public", or with "auto" the completion queue if this grpcio is one it was tested with."""
+    from server.rpc import public_front, queue_front
+
+    if which not in ("auto", "queue", "public"):
+        raise ValueError(f"no front is called {which!r}; there are auto, queue and public")
+    if which == "public":
+        return public_front.PublicFront
+    fault = queue_front.unusable()
+    if fault is None:
+        return queue_front.QueueFront
+    if which == "queue":
+        raise RuntimeError(f"the completion-queue front cannot be used: {fault}")
+    logger.warning("calls are carried by grpcio's public API, about four times slower: %s", fault)
+    return public_front.PublicFront
+
+
+# ---- What both fronts must say and do alike ----
+
+HANDLER_FAILED = "the server failed while it handled this call; its log has the reason"
+NO_REQUEST = "the call ended without the one message this method takes"
+BAD_TRAILING = "the server tried to answer with metadata that gRPC cannot carry; its log has the reason"
+
+_STATUS_BYTES = 2048  # sent percent-encoded, up to three times as long; clients refuse headers over 8 KiB and lose the status
+_KEY = re.compile(r"[0-9a-z_.\-]+")
+_TEXT = re.compile(r"[ -~]*")
+
+
+def channel_arguments(options: Options) -> list[tuple[str, int]]:
+    """gRPC's own settings of a server."""
+    return [
+        ("grpc.so_reuseport", 0),  # or a second server on the same port would silently take half of the calls
+        ("grpc.max_receive_message_length", options.max_receive_bytes),
+        ("grpc.max_send_message_length", options.max_send_bytes),
+        # gRPC counts a ping more often than every 300 s as an attack and cuts the connection; usual clients ping every 10 to 60 s.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+
+
+def status_text(message: str) -> str:
+    """The message as a status can carry it: valid UTF-8 of bounded length."""
+    encoded = message.encode("utf-8", "replace")
+    if len(encoded) <= _STATUS_BYTES:
+        return encoded.decode()
+    return encoded[:_STATUS_BYTES].decode("utf-8", "ignore") + "…"
+
+
+def metadata_fault(metadata: Metadata) -> str | None:
+    """Why gRPC would refuse to carry this metadata; None if it would not."""
+    for key, value in metadata:
+        if not _KEY.fullmatch(key):
+            return f"metadata key {key!r} may hold only 0-9 a-z _ . -"
+        if key.endswith("-bin"):
+            if not isinstance(value, bytes):
+                return f"metadata {key!r} ends in -bin and must be bytes, not {type(value).__name__}"
+        elif not (isinstance(value, str) and _TEXT.fullmatch(value)):
+            return f"metadata {key!r} must be printable ASCII text (name it {key}-bin to send bytes), not {value!r}"
+    return None
+
+
+def cannot_listen(address: str) -> str:
+    """What to tell an operator whose address could not be bound."""
+    return f"cannot listen on {address}: the port is taken, or the address is not one of this machine, or needs more rights"
+
+
+def no_such_method(name: str, methods: Mapping[str, Method]) -> str:
+    """What to tell the caller of a method that nobody serves."""
+    service = name.rpartition("/")[0]
+    siblings = sorted(known.rpartition("/")[2] for known in methods if known.rpartition("/")[0] == service)
+    if siblings:
+        return f"no method {name}; {service[1:]} has {', '.join(siblings)}"
+    services = sorted({known.rpartition("/")[0][1:] for known in methods})
+    return f"no method {name}; this server has the services {', '.join(services)}"

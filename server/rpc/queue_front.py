@@ -1,0 +1,438 @@
+"""The front that drives gRPC's completion queue itself: the only file that touches grpcio's private Cython layer.
+
+One thread polls the queue and runs handlers; replies start from whatever thread gives them, so between a round's end and the socket
+no thread is woken.
+
+How a call passes, in the words of gRPC's core (a *batch* is a list of operations that completes once, as one event with our tag):
+
+    request_call                          -> _arrived       a slot was filled: post it again, then begin the call
+    ReceiveCloseOnServer                  -> _closed        the call is over, for whatever reason
+    ReceiveMessage                        -> _received      posted again only after the handler has had the message
+    (SendInitialMetadata +) SendMessage   -> _sent          one send at a time; further replies queue in the call
+    (SendMessage +) SendStatusFromServer  -> no tag         nothing is left to do
+
+What must hold, or gRPC aborts the process: no batch starts after the queue was shut down. `_closed` marks a call under the lock
+under which its batches start, and the queue is shut down only when the server is down and every call has been marked.
+"""
+
+import contextlib
+import importlib
+import logging
+import operator
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import grpc
+
+from server.rpc.front import (
+    BAD_TRAILING,
+    DEFAULTS,
+    HANDLER_FAILED,
+    NO_REQUEST,
+    Kind,
+    Metadata,
+    Method,
+    Options,
+    Receiver,
+    cannot_listen,
+    channel_arguments,
+    metadata_fault,
+    no_such_method,
+    status_text,
+)
+
+logger = logging.getLogger(__name__)
+
+
+cygrpc: Any = importlib.import_module("grpc._cython.cygrpc")  # no type checker knows it
+
+TESTED = ((1, 81), (1, 85))  # first and last minor version of grpcio under which tests/test_front.py was run
+_NEEDED = [
+    "CompletionQueue.poll",
+    "CompletionQueue.shutdown",
+    "CompletionType.queue_shutdown",
+    "Server.register_completion_queue",
+    "Server.add_http2_port",
+    "Server.start",
+    "Server.request_call",
+    "Server.shutdown",
+    "Server.cancel_all_calls",
+    "Server.destroy",
+    "Call.start_server_batch",
+    "Call.peer",
+    "Call.cancel",
+    "RequestCallEvent.success",
+    "RequestCallEvent.call",
+    "RequestCallEvent.call_details",
+    "RequestCallEvent.invocation_metadata",
+    "CallDetails.method",
+    "CallDetails.deadline",
+    "BatchOperationEvent.batch_operations",
+    "ReceiveMessageOperation.message",
+    "ReceiveCloseOnServerOperation",
+    "SendInitialMetadataOperation",
+    "SendMessageOperation",
+    "SendStatusFromServerOperation",
+    "WriteFlag.buffer_hint",
+]
+_NEVER = 1e11  # seconds since 1970; gRPC writes "no deadline" as a time far beyond it
+
+
+def unusable() -> str | None:
+    """Why this front cannot be trusted with the grpcio that is installed; None if it can."""
+    version = tuple(int(part) for part in grpc.__version__.split(".")[:2])
+    if not TESTED[0] <= version <= TESTED[1]:
+        first, last = (".".join(map(str, bound)) for bound in TESTED)
+        return f"grpcio {grpc.__version__} is outside the tested range {first} to {last}"
+    for name in _NEEDED:
+        try:
+            operator.attrgetter(name)(cygrpc)
+        except AttributeError:
+            return f"grpcio {grpc.__version__} has no cygrpc.{name}"
+    return None
+
+
+class _Call:
+    """What calls of every kind share: who calls, and how the call stands.
+
+    `_over`: the handler has ended the call, or cannot any more. `_closed`: gRPC is done with it and no batch may start.
+    `_gone`: it was closed before the handler had ended it. All three change under `_lock` only."""
+
+    __slots__ = (
+        "__weakref__", "_callbacks", "_closed", "_core", "_details", "_front", "_gone", "_lock", "_over", "_start", "metadata", "method",
+    )  # fmt: skip
+
+    def __init__(self, front: "QueueFront", method: str, start: Callable[..., Receiver | None], arrival: Any) -> None:
+        self.method: str = method
+        self.metadata: Metadata = arrival.invocation_metadata
+        self._front = front
+        self._start = start
+        self._core = arrival.call
+        self._details = arrival.call_details
+        self._lock = threading.Lock()
+        self._over = self._closed = self._gone = False
+        self._callbacks: tuple[Callable[[], None], ...] = ()
+        self._core.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), self._on_closed)
+
+    @property
+    def peer(self) -> str:
+        peer: bytes = self._core.peer()
+        return peer.decode()
+
+    @property
+    def deadline(self) -> float | None:
+        unix_s: float = self._details.deadline
+        return None if unix_s > _NEVER else time.monotonic() + unix_s - time.time()
+
+    def on_gone(self, callback: Callable[[], None]) -> None:
+        with self._lock:
+            if not self._over:
+                self._callbacks += (callback,)
+                return
+        if self._gone:
+            callback()
+
+    def fail(self, status: grpc.StatusCode, message: str, trailing: Metadata = ()) -> None:
+        if status is grpc.StatusCode.OK:
+            raise ValueError("a call that fails needs a status other than OK")
+        self._end(_status(status, message, trailing, self.method))
+
+    def _end(self, status: Any) -> None:
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Let the call run, once the front knows it."""
+        self._read()
+
+    def _read(self) -> None:
+        """Ask for the caller's next message. With the lock held, or while no other thread knows the call."""
+        self._core.start_server_batch((cygrpc.ReceiveMessageOperation(0),), self._on_message)
+
+    def _on_message(self, event: Any) -> None:
+        """The one message of a call that has only one."""
+        message: bytes | None = event.batch_operations[0].message()
+        if message is None:
+            self.fail(grpc.StatusCode.UNIMPLEMENTED, NO_REQUEST)
+            return
+        self._run(self._start, self, message)
+
+    def _run(self, handler: Callable[..., Any], *arguments: object) -> Any:
+        """Run a piece of the handler, and answer for it if it raises."""
+        try:
+            return handler(*arguments)
+        except BaseException:  # even SystemExit must not end the polling thread
+            logger.exception("the handler of %s failed", self.method)
+            self.fail(grpc.StatusCode.INTERNAL, HANDLER_FAILED)
+
+    def _on_closed(self, _event: Any) -> None:
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks, ()
+            self._gone = not self._over
+            self._over = self._closed = True
+        self._front._forget(self)
+        if self._gone:
+            for callback in callbacks:
+                self._run(callback)
+
+
+class _UnaryCall(_Call):
+    __slots__ = ()
+
+    waiting = 0
+
+    def reply(self, message: bytes, trailing: Metadata = ()) -> None:
+        send = cygrpc.SendMessageOperation(message, 0)
+        status = (
+            _status(grpc.StatusCode.OK, "", trailing, self.method) if trailing else cygrpc.SendStatusFromServerOperation(None, 0, b"", 0)
+        )
+        with self._lock:
+            if not self._over:
+                self._over = True
+                self._callbacks = ()
+                self._core.start_server_batch((cygrpc.SendInitialMetadataOperation(None, 0), send, status), None)
+
+    def finish(self, trailing: Metadata = ()) -> None:
+        raise TypeError(f"{self.method} has one answer: end it with reply() or fail()")
+
+    def _end(self, status: Any) -> None:
+        with self._lock:
+            if not self._over:
+                self._over = True
+                self._callbacks = ()
+                self._core.start_server_batch((cygrpc.SendInitialMetadataOperation(None, 0), status), None)
+
+
+class _StreamCall(_Call):
+    """A call with any number of replies. gRPC takes one message at a time; those given meanwhile wait in `_queue`."""
+
+    __slots__ = ("_bytes", "_held", "_opened", "_queue", "_receiver", "_sending", "_status")
+
+    def __init__(self, front: "QueueFront", method: str, start: Callable[..., Receiver | None], arrival: Any) -> None:
+        self._queue: deque[bytes] = deque()
+        self._bytes = 0  # in `_queue`
+        self._sending = False
+        self._opened = False  # initial metadata has been sent
+        self._status: Any = None  # to be sent after the queue
+        self._receiver: Receiver | None = None
+        self._held = False  # not reading, until the queue is half empty
+        super().__init__(front, method, start, arrival)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue) + self._sending
+
+    def reply(self, message: bytes, trailing: Metadata = ()) -> None:
+        if trailing:
+            raise TypeError(f"{self.method} is a stream: give trailing metadata to finish()")
+        with self._lock:
+            if self._over:
+                return
+            if self._sending:
+                self._queue.append(message)
+                self._bytes += len(message)
+            else:
+                self._send(message)
+
+    def finish(self, trailing: Metadata = ()) -> None:
+        self._end(_status(grpc.StatusCode.OK, "", trailing, self.method))
+
+    def _end(self, status: Any) -> None:
+        with self._lock:
+            if not self._over:
+                self._over = True
+                self._callbacks = ()
+                self._status = status
+                if not self._sending:
+                    self._send(None)
+
+    def _send(self, message: bytes | None) -> None:
+        """Start the next send: a message, the status if nothing else waits, or both. With the lock held."""
+        operations = [] if self._opened else [cygrpc.SendInitialMetadataOperation(None, 0)]
+        if message is not None:
+            # With more to come gRPC may gather messages, up to 64 KiB, and write them to the socket together.
+            more = cygrpc.WriteFlag.buffer_hint if self._queue else 0
+            operations.append(cygrpc.SendMessageOperation(message, more))
+        last = self._status is not None and not self._queue
+        if last:
+            operations.append(self._status)
+        self._core.start_server_batch(operations, None if last else self._on_sent)
+        self._opened = self._sending = True
+
+    def _on_sent(self, _event: Any) -> None:
+        with self._lock:
+            self._sending = False
+            if self._closed:
+                self._queue.clear()
+            elif self._queue:
+                message = self._queue.popleft()
+                self._bytes -= len(message)
+                self._send(message)
+            elif self._status is not None:
+                self._send(None)
+            if self._held and not self._over and not self._full(0.5):
+                self._held = False
+                self._read()
+
+    def _full(self, share: float = 1.0) -> bool:
+        options = self._front.options
+        return len(self._queue) > share * options.backlog_messages or self._bytes > share * options.backlog_bytes
+
+
+class _OpenCall(_StreamCall):
+    """A stream that the caller writes to as well."""
+
+    __slots__ = ()
+
+    def begin(self) -> None:
+        self._receiver = self._run(self._start, self)
+        with self._lock:
+            if not self._over:
+                self._read()
+
+    def _on_message(self, event: Any) -> None:
+        message: bytes | None = event.batch_operations[0].message()
+        receiver = self._receiver
+        if receiver is None or self._over:
+            return
+        if message is None:
+            # Either the caller has sent its last message or it has gone; then `_on_closed` comes too, perhaps a little later.
+            # An empty batch completes at once and behind what the queue holds already: by then we know which of the two it was.
+            with self._lock:
+                if not self._closed:
+                    self._core.start_server_batch((), self._on_end)
+            return
+        self._run(receiver.on_message, message)
+        with self._lock:
+            if not self._over:
+                self._held = self._full()
+                if not self._held:
+                    self._read()
+
+    def _on_end(self, _event: Any) -> None:
+        receiver = self._receiver
+        if receiver is not None and not self._over:
+            self._run(receiver.on_end)
+
+    def _on_closed(self, event: Any) -> None:
+        super()._on_closed(event)
+        self._receiver = None  # it knows its call: leave no ring for the garbage collector
+
+
+def _status(status: grpc.StatusCode, text: str, trailing: Metadata, method: str) -> Any:
+    """The operation that ends a call; INTERNAL if the trailing metadata cannot be sent, since the call must end all the same."""
+    if trailing and (fault := metadata_fault(trailing)):
+        logger.error("%s: %s", method, fault)
+        status, text, trailing = grpc.StatusCode.INTERNAL, BAD_TRAILING, ()
+    code = status.value[0]
+    return cygrpc.SendStatusFromServerOperation(trailing or None, code, status_text(text), 0)
+
+
+_KINDS: dict[Kind, type[_Call]] = {"unary": _UnaryCall, "server_stream": _StreamCall, "stream": _OpenCall}
+
+
+def _nobody(call: object, message: bytes) -> None:
+    """The handler of methods that do not exist; never reached."""
+
+
+class QueueFront:
+    """A front of one polling thread; see the module for how calls pass and `front.Front` for what each method promises."""
+
+    def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS) -> None:
+        self.options = options
+        self._methods = dict(methods)
+        self._table = {name.encode(): (_KINDS[method.kind], name, method.start) for name, method in methods.items()}
+        self._queue = cygrpc.CompletionQueue()
+        self._server = cygrpc.Server(channel_arguments(options), False)
+        self._server.register_completion_queue(self._queue)
+        self._thread = threading.Thread(target=self._poll, name="seqserve-front", daemon=True)
+        self._calls: set[_Call] = set()
+        self._lock = threading.Lock()  # of the three stages below
+        self._started = self._draining = False
+        self._down = False  # gRPC has closed every connection
+
+    @property
+    def live(self) -> int:
+        return len(self._calls)
+
+    def listen(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+        secret = () if credentials is None else (cast(Any, credentials)._credentials,)
+        port: int = self._server.add_http2_port(address.encode(), *secret)
+        if not port:
+            raise OSError(cannot_listen(address))
+        return port
+
+    def start(self) -> None:
+        with self._lock:
+            self._begin(self.options.slots)
+
+    def _begin(self, slots: int) -> None:
+        if self._started:
+            raise RuntimeError("this front has been started before")
+        self._started = True
+        self._server.start()
+        for _ in range(slots):
+            self._server.request_call(self._queue, self._queue, self._on_arrived)
+        self._thread.start()
+
+    def drain(self) -> None:
+        with self._lock:
+            if self._draining:
+                return
+            if not self._started:
+                self._begin(0)  # gRPC gives a bound port back only through the shutdown of a server that runs
+            self._draining = True
+            self._server.shutdown(self._queue, self._on_down)
+
+    def stop(self, grace_s: float) -> None:
+        self.drain()
+        self._thread.join(grace_s)
+        if self._thread.is_alive():
+            self._server.cancel_all_calls()
+            self._thread.join()
+        self._server.destroy()
+
+    def _poll(self) -> None:
+        """The one loop: every event's tag is the method to call with it."""
+        while True:
+            try:
+                event = self._queue.poll()
+                if event.tag is not None:
+                    event.tag(event)
+                elif event.completion_type == cygrpc.CompletionType.queue_shutdown:
+                    return
+            except BaseException:
+                logger.exception("an event of gRPC's completion queue could not be handled")
+            event = None  # or it would keep its call alive until the next event
+
+    def _on_arrived(self, arrival: Any) -> None:
+        if not arrival.success:  # the server is shutting down and gives its empty slots back
+            return
+        if not self._draining:
+            with contextlib.suppress(ValueError):  # draining since a moment ago
+                self._server.request_call(self._queue, self._queue, self._on_arrived)
+        entry = self._table.get(arrival.call_details.method)
+        if entry is None:
+            name = arrival.call_details.method.decode("utf-8", "replace")
+            call: _Call = _UnaryCall(self, name, _nobody, arrival)
+            self._calls.add(call)
+            call.fail(grpc.StatusCode.UNIMPLEMENTED, no_such_method(name, self._methods))
+        else:
+            kind, name, start = entry
+            call = kind(self, name, start, arrival)
+            self._calls.add(call)
+            call.begin()
+
+    def _forget(self, call: _Call) -> None:
+        self._calls.discard(call)
+        self._end_if_down()
+
+    def _on_down(self, _event: Any) -> None:
+        self._down = True
+        self._end_if_down()
+
+    def _end_if_down(self) -> None:
+        if self._down and not self._calls:
+            self._queue.shutdown()

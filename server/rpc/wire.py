@@ -1,0 +1,93 @@
+"""Open Inference Protocol tensors ↔ numpy. The only reader of tensor fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from contract.bundle import Tensor
+from protos import inference_pb2 as pb
+from server.errors import InvalidInput, listed
+
+Array = np.ndarray[Any, Any]
+
+DATATYPES = {
+    "BOOL": "bool", "INT8": "int8", "INT16": "int16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8", "UINT16": "uint16",
+    "UINT32": "uint32", "UINT64": "uint64", "FP16": "float16", "FP32": "float32", "FP64": "float64",
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+_NUMPY = {name: np.dtype(dtype).newbyteorder("<") for name, dtype in DATATYPES.items()}
+_TYPED = {
+    "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents", "INT64": "int64_contents",
+    "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents", "UINT64": "uint64_contents",
+    "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
+}  # fmt: skip
+
+
+def shape(tensor: Tensor) -> list[int]:
+    """A contract's axes as the protocol spells them: -1 where the length varies."""
+    return [a if isinstance(a, int) else -1 for a in tensor.axes]
+
+
+def datatype(tensor: Tensor) -> str:
+    return _NAMES[tensor.dtype]
+
+
+def read_inputs(request: pb.ModelInferRequest) -> dict[str, Array]:
+    """A request's tensors by name, raw ones without copying. Raises InvalidInput where bytes, shape and type disagree."""
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidInput(
+            "WRONG_RAW_COUNT", f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs; send one each",
+            expected=len(request.inputs), got=len(raw),
+        )  # fmt: skip
+    arrays: dict[str, Array] = {}
+    for i, tensor in enumerate(request.inputs):
+        if tensor.name in arrays:
+            raise InvalidInput("REPEATED_INPUT", f"input {tensor.name!r} is there twice; send it once", tensor=tensor.name)
+        arrays[tensor.name] = _read(tensor, raw[i] if raw else None)
+    return arrays
+
+
+def _read(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> Array:
+    name, kind, dims = tensor.name, tensor.datatype, list(tensor.shape)
+    if kind not in DATATYPES:
+        allowed = listed(DATATYPES)
+        message = f"input {name!r}: datatype {kind!r}; allowed are {allowed}"
+        raise InvalidInput("WRONG_DTYPE", message, tensor=name, expected=allowed, got=kind)
+    if any(d < 0 for d in dims):
+        raise InvalidInput("WRONG_SHAPE", f"input {name!r}: shape {dims} has a negative length", tensor=name, got=dims)
+    count = math.prod(dims)
+    dtype = _NUMPY[kind]
+    if raw is not None:
+        if tensor.HasField("contents"):
+            raise InvalidInput("TWO_CONTENTS", f"input {name!r} has both raw and typed contents; send one of them", tensor=name)
+        if len(raw) != count * dtype.itemsize:
+            expected = count * dtype.itemsize
+            raise InvalidInput(
+                "WRONG_SIZE", f"input {name!r}: {kind} {dims} takes {expected} raw bytes, got {len(raw)}", tensor=name, expected=expected,
+                got=len(raw),
+            )  # fmt: skip
+        return np.frombuffer(raw, dtype).reshape(dims)
+    if kind not in _TYPED:
+        raise InvalidInput("RAW_ONLY", f"input {name!r}: {kind} travels in raw_input_contents only", tensor=name)
+    values = getattr(tensor.contents, _TYPED[kind])
+    if len(values) != count:
+        raise InvalidInput(
+            "WRONG_SIZE", f"input {name!r}: shape {dims} takes {count} values in {_TYPED[kind]}, got {len(values)}", tensor=name,
+            expected=count, got=len(values),
+        )  # fmt: skip
+    try:
+        return np.array(values, dtype).reshape(dims)
+    except OverflowError:
+        raise InvalidInput("OUT_OF_RANGE", f"input {name!r}: a value does not fit {kind}", tensor=name, expected=kind) from None
+
+
+def write_outputs(response: pb.ModelInferResponse, outputs: Iterable[tuple[Tensor, Array]]) -> None:
+    """Add outputs to a response, raw."""
+    for tensor, array in outputs:
+        response.outputs.add(name=tensor.name, datatype=_NAMES[tensor.dtype], shape=array.shape)
+        response.raw_output_contents.append(array.tobytes())

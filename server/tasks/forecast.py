@@ -1,0 +1,68 @@
+"""A series → its continuation, with quantiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from server.engine import Engine
+from server.errors import InvalidInput, ServeError, listed
+from server.inputs import Array, check
+from server.sequence import Outputs, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Forecasted:
+    """mean [horizon, channels], and [horizon, channels] for each quantile asked for, in raw units."""
+
+    mean: Array
+    quantiles: tuple[tuple[float, Array], ...]
+
+
+class Forecaster:
+    """Reads observations step by step and continues them. Tensors: observations [batch, time, channels] → mean
+    [batch, horizon, channels], quantiles [batch, horizon, channels, quantiles]."""
+
+    def __init__(self, engine: Engine, directory: Path) -> None:
+        self._engine = engine
+        task = engine.bundle.task
+        self.channels: tuple[str, ...] = tuple(str(c) for c in task["channels"])
+        self.horizon = int(task["horizon"])
+        self.quantiles: tuple[float, ...] = tuple(float(q) for q in task["quantiles"])
+
+    def start(
+        self, observations: Array, horizon: int, quantiles: Listed[float], then: Callable[[Sequence, Forecasted], None],
+        failed: Callable[[ServeError], None], deadline: float | None = None,
+    ) -> Sequence:  # fmt: skip
+        """Queue one series, float32 [steps, channels]; horizon 0 and no quantiles mean all the model gives. Raises
+        InvalidInput where the model has no such horizon, quantile or number of channels."""
+        steps = horizon or self.horizon
+        if not 1 <= steps <= self.horizon:
+            raise InvalidInput(
+                "BAD_HORIZON", f"horizon {steps}; allowed are 1 to {self.horizon} steps", expected=f"1..{self.horizon}", got=steps
+            )
+        places = [self._place(q) for q in quantiles] or list(range(len(self.quantiles)))
+        inputs = {"observations": observations[None]}
+        sizes = check(self._engine.bundle.graph, inputs, 1)
+
+        def answer(sequence: Sequence, outputs: Outputs) -> None:
+            values = outputs["quantiles"][0, :steps]
+            chosen = tuple((self.quantiles[p], values[..., p]) for p in places)
+            then(sequence, Forecasted(outputs["mean"][0, :steps], chosen))
+
+        sequence = Sequence(self._engine.bundle.main, inputs, sizes, answer, failed)
+        self._engine.submit(sequence, deadline)
+        return sequence
+
+    def _place(self, quantile: float) -> int:
+        distance = np.abs(np.array(self.quantiles) - quantile)
+        if not distance.min() < 1e-6:  # float32 on the wire; NaN is no quantile either
+            raise InvalidInput(
+                "UNKNOWN_QUANTILE", f"quantile {quantile:g} is not one of the model's: {listed(self.quantiles)}",
+                expected=listed(self.quantiles), got=quantile,
+            )  # fmt: skip
+        return int(distance.argmin())

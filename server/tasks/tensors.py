@@ -1,0 +1,35 @@
+"""Plain tensors: whole sequences through a model's main graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from contract.bundle import is_ragged
+from server.engine import Engine
+from server.errors import InvalidInput, ServeError
+from server.inputs import Array, check
+from server.sequence import Outputs, Sequence
+
+
+class Tensors:
+    """Runs callers' own tensors, from the model's initial state."""
+
+    def __init__(self, engine: Engine, most_rows: int) -> None:
+        self._engine = engine
+        self._most_rows = most_rows
+        self.graph = engine.bundle.graph
+
+    def start(
+        self, inputs: Mapping[str, Array], then: Callable[[Sequence, Outputs], None], failed: Callable[[ServeError], None],
+        deadline: float | None = None,
+    ) -> Sequence:  # fmt: skip
+        """Check the inputs against the contract and queue them. Raises InvalidInput naming tensor, expected and got."""
+        if any(is_ragged(a) for t in self.graph.inputs for a in t.axes):
+            raise InvalidInput(
+                "TASK_ONLY", f"model {self._engine.name!r} lays rows of different lengths end to end; call it by its task, "
+                f"{self._engine.bundle.kind!r}", model=self._engine.name,
+            )  # fmt: skip
+        sizes = check(self.graph, inputs, self._most_rows)
+        sequence = Sequence(self._engine.bundle.main, inputs, sizes, then, failed)
+        self._engine.submit(sequence, deadline)
+        return sequence

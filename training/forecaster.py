@@ -1,0 +1,442 @@
+"""A forecaster that listens: after every observation of several channels, the next 96 values of each with intervals.
+
+A linear highway over the last 96 values (the autoregressive part of LSTNet, Lai et al. 2018, arXiv 1703.07015) gives
+most of the forecast; an LSTM that has followed the series since its session began corrects it and says how sure it is.
+All channels share the weights. Both parts see values only relative to other values of the series, so a shift of level
+changes nothing. This file knows the model, its training on windows of a long series and its contract; it must not know
+files of a data set (`data/ett.py`) or onnx.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from contract.bundle import Graph, State
+from contract.bundle import Tensor as Described
+from training import checkpoint
+from training.config import Config, ConfigError, section
+from training.data import ett
+from training.layers import remember
+from training.loop import Training
+from training.tasks import About
+
+DAY = 24  # steps back that the daily features look; shorter than any look-back
+QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MIDDLE = QUANTILES.index(0.5)
+FEATURES = 4
+FORECAST = "forecast.json"
+
+ABOUT = About(
+    title="Transformer load and oil temperature",
+    use="The next 96 hours of ETT-like hourly series, updated with every observation; not other units or time steps.",
+    data="ETTh1 (Zhou et al. 2021): 12 months to train, 4 to validate, 4 to test",
+    licence="as the rest of this repository; the data (not included) are CC BY-ND 4.0",
+    design="channel-shared LSTM with a linear highway over the last 96 values; deciles that cannot cross",
+    limits="Knows no calendar and no weather. Intervals were calibrated on four months of one transformer.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """Sizes of a forecaster."""
+
+    channels: int = 7
+    lookback: int = 96
+    horizon: int = 96
+    hidden: int = 64
+    dropout: float = 0.3
+
+
+class Forecast(NamedTuple):
+    """mean [..., horizon, channels], quantiles [..., horizon, channels, Q]; never crossing."""
+
+    mean: Tensor
+    quantiles: Tensor
+
+
+class Forecaster(nn.Module):
+    """Works on standardised values inside; `forward` takes and gives the units of the data."""
+
+    centre: Tensor
+    scale: Tensor
+    width: Tensor
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        self.dims = dims
+        self.register_buffer("centre", torch.zeros(dims.channels))  # of the training part, set by `prepare`
+        self.register_buffer("scale", torch.ones(dims.channels))
+        self.register_buffer("width", torch.ones(()))  # of all intervals; set on the validation set after training
+        self.lstm = remember(nn.LSTM(FEATURES, dims.hidden, batch_first=True))
+        self.highway = nn.Linear(dims.lookback, dims.horizon)
+        nn.init.constant_(self.highway.weight, 0.0)  # begins as "the last value stays"
+        nn.init.zeros_(self.highway.bias)
+        self.dropout = nn.Dropout(dims.dropout)
+        self.correct = nn.Linear(dims.hidden, dims.horizon)
+        nn.init.zeros_(self.correct.weight)
+        nn.init.zeros_(self.correct.bias)
+        self.spread = nn.Linear(dims.hidden + 2, dims.horizon * len(QUANTILES))
+        nn.init.normal_(self.spread.weight, std=0.01)
+        nn.init.constant_(self.spread.bias, -1.0)
+
+    def features(self, before: Tensor, values: Tensor) -> Tensor:
+        """before [batch, lookback, channels], values [batch, time, channels], both standardised → what the LSTM reads,
+        [batch, time, channels, FEATURES]: the step, the step from a day ago, the deviation from the day's mean and that
+        mean's change in a day. Sums of shifted slices: each value's result is the same wherever the series is cut."""
+        time = values.shape[1]
+        series = torch.cat([before, values], dim=1)
+        back = self.dims.lookback
+
+        def ago(steps: int) -> Tensor:
+            return series[:, back - steps : back - steps + time]
+
+        # the sum of DAY values that ends at each place of `series` from DAY - 1 on, by doubling: 1, 2, 4, 8, then 3 * 8
+        total = series
+        for shift in (1, 2, 4):
+            total = total[:, shift:] + total[:, :-shift]
+        total = total[:, 16:] + total[:, 8:-8] + total[:, :-16]
+        mean = total / DAY  # mean[:, p] ends at series[:, p + DAY - 1]
+        now_mean = mean[:, back - DAY + 1 : back - DAY + 1 + time]
+        day_mean = mean[:, back - 2 * DAY + 1 : back - 2 * DAY + 1 + time]
+        parts = (values - ago(1), values - ago(DAY), values - now_mean, now_mean - day_mean)
+        return torch.stack(parts, dim=3)
+
+    def follow(self, before: Tensor, values: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h, c [1, batch, channels * hidden] → the LSTM's output [batch, channels, time, hidden] and next h, c."""
+        batch, time, channels = values.shape
+        given = self.features(before, values).permute(0, 2, 1, 3).reshape(-1, time, FEATURES)
+        hidden = self.dims.hidden
+        output, (h, c) = self.lstm(given, (h.reshape(1, -1, hidden), c.reshape(1, -1, hidden)))
+        shape = (1, batch, channels * hidden)
+        return output.reshape(batch, channels, time, hidden), h.reshape(shape), c.reshape(shape)
+
+    def forecast(self, state: Tensor, window: Tensor) -> Forecast:
+        """state [..., channels, hidden], window [..., channels, lookback] standardised → standardised forecast."""
+        last = window[..., -1:]
+        relative = window - last
+        state = self.dropout(state)
+        mean = last + self.highway(relative) + self.correct(state)  # [..., channels, horizon]
+        moved = relative.abs().sum(-1, keepdim=True) / self.dims.lookback
+        steps = (relative[..., 1:] - relative[..., :-1]).abs().sum(-1, keepdim=True) / self.dims.lookback
+        raw = self.spread(torch.cat([state, torch.log(moved + 0.05), torch.log(steps + 0.05)], dim=-1))
+        raw = raw.reshape(*raw.shape[:-1], self.dims.horizon, len(QUANTILES))
+        up, down = functional.softplus(raw[..., MIDDLE + 1 :]), functional.softplus(raw[..., :MIDDLE])
+        # running sums outward from the middle, so that no quantile crosses another
+        above = [up[..., 0]]
+        below = [down[..., -1]]
+        for n in range(1, MIDDLE):
+            above.append(above[-1] + up[..., n])
+            below.append(below[-1] + down[..., -1 - n])
+        middle = raw[..., MIDDLE] + 1.0  # the bias begins at -1; the median may differ from the mean
+        away = [*(-b for b in reversed(below)), torch.zeros_like(middle), *above]
+        quantiles = torch.stack([mean + middle + self.width * a for a in away], dim=-1)
+        return Forecast(mean.transpose(-1, -2), quantiles.transpose(-2, -3))
+
+    def start(self, first: Tensor) -> tuple[Tensor, Tensor]:
+        """first [batch, 1, channels], any units → the look-back before anything was seen, and h (or c)."""
+        d = self.dims
+        return first.expand(-1, d.lookback, -1), first.new_zeros(1, len(first), d.channels * d.hidden)
+
+    def forward(
+        self, values: Tensor, window: Tensor, seen: Tensor, h: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """values [batch, time, channels]; window [batch, lookback, channels], seen [batch, 1] observations so far,
+        h, c [1, batch, channels * hidden] → mean [batch, horizon, channels], quantiles [batch, horizon, channels, Q],
+        next window, seen, h, c. A session that has seen nothing takes its first observation for all of its past."""
+        fresh = (seen == 0).unsqueeze(2)  # [batch, 1, 1]
+        before = torch.where(fresh, values[:, :1], window)
+        window = torch.cat([before, values], dim=1)[:, -self.dims.lookback :]
+        output, h, c = self.follow(self.standardise(before), self.standardise(values), h, c)
+        # the newest output, read from h: a slice of the whole output would cost a copy of it
+        state = h.reshape(len(values), self.dims.channels, self.dims.hidden)
+        found = self.forecast(state, self.standardise(window).transpose(1, 2))
+        mean = found.mean * self.scale + self.centre
+        quantiles = found.quantiles * self.scale.unsqueeze(1) + self.centre.unsqueeze(1)
+        return mean, quantiles, window, seen + values.shape[1], h, c
+
+    def at(self, values: Tensor, positions: Tensor) -> Forecast:
+        """values [batch, time, channels] of fresh sessions, standardised → the forecasts each would have given after
+        `positions` [count] observations: mean [batch, count, horizon, channels] and its quantiles."""
+        before, nothing = self.start(values[:, :1])
+        output, _, _ = self.follow(before, values, nothing, nothing)
+        series = torch.cat([before, values], dim=1)
+        windows = series.unfold(1, self.dims.lookback, 1)  # [batch, time + 1, channels, lookback]; the p-th after p values
+        return self.forecast(output[:, :, positions - 1].transpose(1, 2), windows[:, positions])
+
+    def standardise(self, values: Tensor) -> Tensor:
+        """In units of the training part's mean and standard deviation; [..., channels]."""
+        return (values - self.centre) / self.scale
+
+
+def rebuild(dims: Mapping[str, Any]) -> Forecaster:
+    """The model of a checkpoint's dims, in eval mode."""
+    return Forecaster(Dims(**dims)).eval()
+
+
+def describe(model: nn.Module) -> dict[str, Graph]:
+    """The contract: cut anywhere, the outputs are the forecast after the newest observation."""
+    assert isinstance(model, Forecaster)
+    d = model.dims
+    memory = (1, "batch", d.channels * d.hidden)
+    graph = Graph(
+        file="forecaster.onnx",
+        inputs=(Described("values", "float32", ("batch", "time", d.channels), "observations, oldest first, in the data's units"),),
+        outputs=(
+            Described("mean", "float32", ("batch", d.horizon, d.channels), "the next values, after the newest observation"),
+            Described("quantiles", "float32", ("batch", d.horizon, d.channels, len(QUANTILES)), "ascending, at task.quantiles"),
+        ),
+        states=(
+            State("window", "next_window", "float32", ("batch", d.lookback, d.channels)),
+            State("seen", "next_seen", "int64", ("batch", 1)),
+            State("h", "next_h", "float32", memory),
+            State("c", "next_c", "float32", memory),
+        ),
+    )
+    return {"forecaster": graph}
+
+
+def parts(model: nn.Module) -> dict[str, nn.Module]:
+    return {"forecaster": model.eval()}
+
+
+def resources(run: Path) -> dict[str, Path]:
+    return {}
+
+
+def task(model: nn.Module, run: Path) -> dict[str, Any]:
+    assert isinstance(model, Forecaster)
+    about = json.loads((run / FORECAST).read_text(encoding="utf-8"))
+    return {
+        "kind": "forecast", "channels": about["channels"], "horizon": model.dims.horizon, "quantiles": list(QUANTILES),
+        "lookback": model.dims.lookback, "step_seconds": about["step_seconds"],
+    }  # fmt: skip
+
+
+# Training.
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The `data` table of a configuration."""
+
+    kind: str = "ett"  # or "waves", generated
+    series: str = "ETTh1"
+    observed: int = 288  # observations of a training session; it is asked for forecasts on the way
+    sessions: int = 2048  # training sessions an epoch, begun at random rows
+    rows: int = 32  # sessions in a batch
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The `model` table of a configuration."""
+
+    lookback: int = 96
+    horizon: int = 96
+    hidden: int = 64
+    dropout: float = 0.3
+
+
+class Windows(Dataset[Tensor]):
+    """Stretches of a standardised series, each named by its first row."""
+
+    def __init__(self, values: Tensor, length: int) -> None:
+        self.values, self.length = values, length
+
+    def __len__(self) -> int:
+        return len(self.values) - self.length + 1
+
+    def __getitem__(self, first: int) -> Tensor:
+        return self.values[first : first + self.length]
+
+
+class AtRandom(Sampler[int]):
+    """`count` rows to begin at, other ones each epoch; `set_epoch` is called by Lightning."""
+
+    def __init__(self, among: int, count: int, seed: int) -> None:
+        self.among, self.count, self.seed, self.epoch = among, count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + self.epoch)
+        yield from torch.randint(self.among, (self.count,), generator=generator).tolist()
+
+
+def pinball(quantiles: Tensor, truth: Tensor) -> Tensor:
+    """Mean quantile loss; quantiles [..., Q], truth [...]. Zero for a perfect point, and smallest at the true quantiles."""
+    levels = torch.tensor(QUANTILES, device=truth.device)
+    error = truth.unsqueeze(-1) - quantiles
+    return torch.maximum(levels * error, (levels - 1) * error).mean()
+
+
+class ForecasterTraining(Training):
+    """Squared error of the mean and pinball loss of the quantiles, at several lengths of one session at once."""
+
+    def __init__(self, config: Config, model: Forecaster, data: Data, series: ett.Series, out: Path) -> None:
+        super().__init__(model, asdict(model.dims), config)
+        self.data, self.out, self.series = data, out, series
+        d = model.dims
+        values = (torch.from_numpy(series.values) - model.centre) / model.scale
+        self.train_windows = Windows(values[: series.train], data.observed + d.horizon)
+        # the first forecast of a part looks back into the part before it, as everybody's does
+        self.validation_values = values[series.train - d.lookback : series.validation]
+        # before a full look-back, once it is full (the published task), and then ever longer
+        later = range(d.lookback + 24, data.observed + 1, 48)
+        self.positions = torch.tensor([d.lookback // 4, d.lookback // 2, d.lookback, d.lookback, *later, data.observed])
+
+    def train_batches(self) -> DataLoader[Any]:
+        sampler = AtRandom(len(self.train_windows), self.data.sessions, self.config.seed)
+        return DataLoader(self.train_windows, self.data.rows, sampler=sampler, num_workers=self.config.run.workers)
+
+    def validation_batches(self) -> DataLoader[Any]:
+        """Every window of look-back and horizon, one step apart."""
+        d = self.dims
+        return DataLoader(Windows(self.validation_values, d["lookback"] + d["horizon"]), 256)
+
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        model = self.model
+        assert isinstance(model, Forecaster)
+        found = model.at(batch[:, : self.data.observed], self.positions)
+        truth = batch.unfold(1, model.dims.horizon, 1)[:, self.positions].transpose(-1, -2)  # [batch, count, horizon, channels]
+        squared, quantile = functional.mse_loss(found.mean, truth), pinball(found.quantiles, truth)
+        return squared + quantile, {"mse": squared.detach(), "pinball": quantile.detach()}
+
+    def scores(self, batch: Any) -> dict[str, tuple[Tensor, int]]:
+        model = self.model
+        assert isinstance(model, Forecaster)
+        back = model.dims.lookback
+        found = model.at(batch[:, :back], torch.tensor([back]))
+        truth = batch[:, None, back:]
+        squared, quantile = functional.mse_loss(found.mean, truth), pinball(found.quantiles, truth)
+        return {
+            "loss": (squared + quantile, len(batch)), "mse": (squared, len(batch)), "pinball": (quantile, len(batch)),
+            "coverage": (covered(found.quantiles, truth), len(batch)),
+        }  # fmt: skip
+
+    def validation_end_scores(self) -> dict[str, float]:
+        """The same forecasts from one session that goes on through the whole part."""
+        model = self.model
+        assert isinstance(model, Forecaster)
+        return {f"going_on_{name}": value for name, value in going_on(model, self.validation_values).items()}
+
+    def on_fit_end(self) -> None:
+        """Set the width of the intervals on the validation set, with the weights that were kept; draw some forecasts."""
+        if not self.trainer.is_global_zero:
+            return
+        kept = checkpoint.load(self.out)
+        model = rebuild(kept.dims)
+        assert isinstance(model, Forecaster)
+        model.load_state_dict(dict(kept.weights))
+        with torch.inference_mode():
+            model.width.copy_(torch.tensor(calibrate(model, self.validation_batches())))
+        checkpoint.save(replace(kept, weights=model.state_dict()), self.out / checkpoint.FILE)
+        about = {
+            "channels": list(self.series.channels), "step_seconds": 900 if self.data.series == "ETTm1" else 3600,
+            "width": float(model.width),
+        }  # fmt: skip
+        (self.out / FORECAST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        draw(self.out / "forecast.png", model, self.validation_values, self.series.channels)
+
+
+def covered(quantiles: Tensor, truth: Tensor) -> Tensor:
+    """The share of values between the outermost quantiles: 0.8 is what 0.1 and 0.9 promise."""
+    return ((truth >= quantiles[..., 0]) & (truth <= quantiles[..., -1])).float().mean()
+
+
+def going_on(model: Forecaster, values: Tensor) -> dict[str, float]:
+    """MSE and coverage after every observation from the look-back on, in one session over `values` [rows, channels]."""
+    d = model.dims
+    with torch.inference_mode():
+        positions = torch.arange(d.lookback, len(values) - d.horizon + 1)
+        found = model.at(values[None, : len(values) - d.horizon], positions)
+        truth = values.unfold(0, d.horizon, 1)[positions].transpose(-1, -2)[None]
+        return {"mse": float(functional.mse_loss(found.mean, truth)), "coverage": float(covered(found.quantiles, truth))}
+
+
+def calibrate(model: Forecaster, batches: DataLoader[Any]) -> float:
+    """The width at which 80 % of the values lie between the deciles 0.1 and 0.9, by bisection over [0.25, 4]."""
+    back = model.dims.lookback
+    low, high = math.log(0.25), math.log(4.0)
+    found = [(model.at(b[:, :back], torch.tensor([back])).quantiles, b[:, None, back:]) for b in batches]
+    centre = [q[..., MIDDLE] for q, _ in found]
+    for _ in range(20):
+        width = math.exp((low + high) / 2) / float(model.width)
+        inside = total = 0.0
+        for (quantiles, truth), middle in zip(found, centre, strict=True):
+            least = middle + width * (quantiles[..., 0] - middle)
+            most = middle + width * (quantiles[..., -1] - middle)
+            inside += float(((truth >= least) & (truth <= most)).sum())
+            total += truth.numel()
+        low, high = ((low + high) / 2, high) if inside / total < 0.8 else (low, (low + high) / 2)
+    return math.exp((low + high) / 2)
+
+
+def draw(file: Path, model: Forecaster, values: Tensor, channels: tuple[str, ...]) -> None:
+    """Forecasts of the last channel and the first from three moments of `values`, with their 80 % intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    d = model.dims
+    figure = Figure(figsize=(15, 6))
+    FigureCanvasAgg(figure)
+    for column, share in enumerate((0.2, 0.5, 0.8)):
+        first = int(share * (len(values) - d.lookback - d.horizon))
+        part = values[first : first + d.lookback + d.horizon]
+        with torch.inference_mode():
+            found = model.at(part[None, : d.lookback], torch.tensor([d.lookback]))
+        for row, channel in enumerate((len(channels) - 1, 0)):
+            axes = figure.add_subplot(2, 3, row * 3 + column + 1)
+            unit, shift = float(model.scale[channel]), float(model.centre[channel])
+            axes.plot(range(-d.lookback, d.horizon), part[:, channel] * unit + shift, color="black", linewidth=0.8)
+            mean, quantiles = found.mean[0, 0, :, channel], found.quantiles[0, 0, :, channel]
+            axes.plot(range(d.horizon), mean * unit + shift, color="tab:blue", label="mean")
+            edges = quantiles * unit + shift
+            axes.fill_between(range(d.horizon), edges[:, 0], edges[:, -1], alpha=0.25, label="0.1 to 0.9")
+            axes.set_title(channels[channel], fontsize=9)
+            axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+
+
+def waves(rows: int, channels: int, seed: int) -> ett.Series:
+    """Generated: each channel a daily and a slower sine wave with noise, split like ETT."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(rows)[:, None]
+    daily = np.sin(2 * np.pi * (t / DAY + rng.random(channels)))
+    slow = np.sin(2 * np.pi * (t / (10 * DAY) + rng.random(channels)))
+    values = (10 + 3 * daily + 2 * slow + 0.3 * rng.normal(size=(rows, channels))).astype(np.float32)
+    names = tuple(f"wave{n}" for n in range(channels))
+    return ett.Series(values, names, rows * 3 // 5, rows * 4 // 5, rows)
+
+
+def prepare(config: Config, data: Path | None, out: Path) -> ForecasterTraining:
+    """Load the series and standardise by its training part; nothing of the test part is read into the model."""
+    settings, chosen = section(Model, config.model, "model"), section(Data, config.data, "data")
+    if chosen.kind == "ett":
+        series = ett.load(chosen.series, data)
+    elif chosen.kind == "waves":
+        series = waves(3000, 3, config.seed)
+    else:
+        raise ConfigError(f"data.kind {chosen.kind!r}: one of ett, waves")
+    if settings.lookback < 2 * DAY:
+        raise ConfigError(f"model.lookback {settings.lookback}: at least {2 * DAY}")
+    model = Forecaster(Dims(series.values.shape[1], settings.lookback, settings.horizon, settings.hidden, settings.dropout))
+    train = series.values[: series.train].astype(np.float64)
+    model.centre.copy_(torch.from_numpy(train.mean(0)))
+    model.scale.copy_(torch.from_numpy(train.std(0)))
+    return ForecasterTraining(config, model, chosen, series, out)

@@ -49,7 +49,7 @@ class Engine:
         self.graphs = graphs
         self.rounds = Rounds(limits, workers.order)
         self._workers = workers
-        self._watch = watch
+        self.watch = watch
         workers.add(self)
 
     def submit(self, sequence: Sequence, deadline: float | None = None) -> None:
@@ -132,7 +132,7 @@ class Workers:
         with self._wake:
             left = sequence.ticket is not None and engine.rounds.leave(sequence.ticket)
         if left:
-            engine._watch.left(engine, sequence, "cancelled")
+            engine.watch.left(engine, sequence, "cancelled")
 
     def drain(self, seconds: float) -> bool:
         """Take nothing new; wait until what is here is done. False where `seconds` did not suffice."""
@@ -154,28 +154,44 @@ class Workers:
     def _idle(self) -> bool:
         return not self._running and not any(e.rounds.tickets for e in self._engines)
 
+    def step(self) -> bool:
+        """Do in this thread what is due now: tell the late, run one round. False where nothing was due."""
+        with self._wake:
+            due = self._take()
+        if due is not None:
+            self._do(*due)
+        return due is not None
+
     def _work(self) -> None:
         while True:
             with self._wake:
-                late = self._late()
-                chosen = None if late else self._choose()
-                if chosen is None and not late:
+                while (due := self._take()) is None:
                     if self._stopping:
                         return
                     self._wake.wait(self._pause())
-                    continue
-                self._running += 1
-            try:
-                for engine, ticket in late:
-                    engine._watch.left(engine, ticket.work, "expired")
-                    _tell(ticket.work.failed, DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed while the request waited"))
-                if chosen is not None:
-                    self._run(*chosen)
-            finally:
-                with self._wake:
-                    self._running -= 1
-                    if self._draining and self._idle():
-                        self._wake.notify_all()
+            self._do(*due)
+
+    def _take(self) -> tuple[list[tuple[Engine, Ticket]], tuple[Engine, Round] | None] | None:
+        """What is due: who is late, and the round to run. The lock is held."""
+        late = self._late()
+        chosen = self._choose()
+        if not late and chosen is None:
+            return None
+        self._running += 1
+        return late, chosen
+
+    def _do(self, late: list[tuple[Engine, Ticket]], chosen: tuple[Engine, Round] | None) -> None:
+        try:
+            for engine, ticket in late:
+                engine.watch.left(engine, ticket.work, "expired")
+                _tell(ticket.work.failed, DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed while the request waited"))
+            if chosen is not None:
+                self._run(*chosen)
+        finally:
+            with self._wake:
+                self._running -= 1
+                if self._draining and self._idle():
+                    self._wake.notify_all()
 
     def _choose(self) -> tuple[Engine, Round] | None:
         waiting = [(order, i) for i, e in enumerate(self._engines) if (order := e.rounds.oldest()) is not None]
@@ -208,7 +224,7 @@ class Workers:
             s.since = ended
         with self._wake:
             engine.rounds.done(round, seconds)
-        engine._watch.round(engine, graph, round.rows, round.steps, seconds)
+        engine.watch.round(engine, graph, round.rows, round.steps, seconds)
         again: list[Ticket] = []
         for ticket, error in ran:
             if ticket.gone:
@@ -250,7 +266,7 @@ class Workers:
     def _leave(self, engine: Engine, ticket: Ticket, how: str) -> None:
         with self._wake:
             engine.rounds.leave(ticket)
-        engine._watch.left(engine, ticket.work, how)
+        engine.watch.left(engine, ticket.work, how)
 
 
 def _key(engine: Engine, s: Sequence) -> tuple[object, ...]:

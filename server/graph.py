@@ -16,6 +16,8 @@ from contract.bundle import BundleError, Graph
 
 Array = np.ndarray[Any, Any]
 
+ort.set_default_logger_severity(4)  # a failed run is an exception here already; its log line would say it twice
+
 _ONNX_DTYPES = {
     "tensor(bool)": "bool", "tensor(int8)": "int8", "tensor(int16)": "int16", "tensor(int32)": "int32",
     "tensor(int64)": "int64", "tensor(uint8)": "uint8", "tensor(uint16)": "uint16", "tensor(uint32)": "uint32",
@@ -35,7 +37,6 @@ class OnnxGraph:
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 3  # a failed run is an exception here already; its log line would say it twice
         # Rounds differ in rows and steps all the time: a memory pattern per shape would be planned and never reused.
         options.enable_mem_pattern = False
         try:

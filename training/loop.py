@@ -52,6 +52,7 @@ class Training(lightning.LightningModule):
             self.averaged = AveragedModel(model, avg_fn=lambda mean, now, _: decay * mean + (1 - decay) * now)
         self._fitted: nn.Module | None = None
         self._train_scores: dict[str, list[Tensor]] = {}
+        self._epochs_done = 0
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,10 +76,19 @@ class Training(lightning.LightningModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         batches = self.train_batches()
+        # For the seed that a loader draws each time it is iterated: drawn from torch's own generator, it would come before
+        # the epoch's seeding in a resumed run and after it in a whole one.
+        batches.generator = torch.Generator().manual_seed(self.config.seed)
         if isinstance(batches.sampler, Batches):
             # Lightning tells the epoch only after a resumed run has already taken its first batch.
-            batches.sampler.set_epoch(self.current_epoch)
+            batches.sampler.set_epoch(self._epochs_done)
         return batches
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epochs_done"] = self.current_epoch + 1  # only ever saved at an epoch's end
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._epochs_done = int(checkpoint["epochs_done"])
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.validation_batches()

@@ -163,6 +163,8 @@ class _Call:
             while self._full():
                 self._room.clear()
                 await self._room.wait()
+        # The caller has sent its last message, or it has gone. To ask again is answered behind the news of that.
+        await self._context.read()
         if not self._over:
             self.run(receiver.on_end)
 

@@ -298,11 +298,11 @@ class _OpenCall(_StreamCall):
         if receiver is None or self._over:
             return
         if message is None:
-            # Either the caller has sent its last message or it has gone; then `_on_closed` comes too, perhaps a little later.
-            # An empty batch completes at once and behind what the queue holds already: by then we know which of the two it was.
+            # The caller has sent its last message, or it has gone and `_on_closed` is on its way. To ask again is answered with
+            # None at once, but behind it: by then we know which of the two it was.
             with self._lock:
                 if not self._closed:
-                    self._core.start_server_batch((), self._on_end)
+                    self._core.start_server_batch((cygrpc.ReceiveMessageOperation(0),), self._on_end)
             return
         self._run(receiver.on_message, message)
         with self._lock:

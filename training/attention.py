@@ -26,12 +26,11 @@ class Attention(nn.Module):
         self.scale = 1.0 / math.sqrt(memory)
 
     def padded(self, query: Tensor, memory: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
-        """query [batch, query], memory [batch, source, memory], absent [batch, source] True where padded
-        → context [batch, memory], weights [batch, source]."""
-        projected = self.project(query) * self.scale
-        score = torch.bmm(memory, projected.unsqueeze(2)).squeeze(2)  # [batch, source]
+        """query [batch, memory], already projected; memory [batch, source, memory], absent [batch, source] True where
+        padded → context [batch, memory], weights [batch, source]."""
+        score = torch.bmm(memory, (query * self.scale).unsqueeze(2)).squeeze(2)  # [batch, source]
         weights = torch.softmax(score.float().masked_fill(absent, -math.inf), dim=1)
-        return torch.bmm(weights.unsqueeze(1), memory).squeeze(1), weights
+        return torch.bmm(weights.to(memory.dtype).unsqueeze(1), memory).squeeze(1), weights
 
     def ragged(self, query: Tensor, memory: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """query [batch, query], memory [batch*source, memory], row [batch*source]: the row each cell belongs to

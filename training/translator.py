@@ -31,8 +31,9 @@ from training import checkpoint, search
 from training.attention import Attention
 from training.config import Config, ConfigError, section
 from training.data import multi30k
-from training.layers import remember
+from training.layers import SequenceDropout, remember
 from training.loop import Training
+from training.repeated import Repeated, smoothed_cross_entropy
 from training.tasks import About
 
 MARKS = (PAD, UNKNOWN, START, END)
@@ -97,6 +98,7 @@ class Translator(nn.Module):
         self.attention = Attention(dims.decoder, 2 * dims.encoder)
         self.combine = nn.Linear(dims.decoder + 2 * dims.encoder, dims.embedding)
         self.bias = nn.Parameter(torch.zeros(dims.vocabulary))
+        self.vary = SequenceDropout(dims.dropout)
         self.dropout = nn.Dropout(dims.dropout)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -106,8 +108,8 @@ class Translator(nn.Module):
 
     def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """tokens [batch, time] ending in </s>, right-padded where `lengths` [batch] is given → memory, h, c."""
-        memory, h, c = self.encoder(self.dropout(self.embed(tokens)), lengths)
-        return self.dropout(memory), h, c
+        memory, h, c = self.encoder(self.vary(self.embed(tokens)), lengths)
+        return self.vary(memory), h, c
 
     def logits(self, attentional: Tensor) -> Tensor:
         """[..., embedding] → [..., vocabulary]."""
@@ -120,23 +122,25 @@ class Translator(nn.Module):
         The decoder's own LSTM weights are applied by hand, because the fed-back vector makes each step wait for the
         last: the words' share of the gates is one product for all steps, the rest one product a step.
         """
-        memory, (h, c) = (found := self.encode(source, lengths))[0], found[1:]
+        memory, h, c = self.encode(source, lengths)
         absent = torch.arange(source.shape[1], device=source.device) >= lengths.unsqueeze(1)
         e = self.dims.embedding
+        words = self.vary(self.embed(target))
         w, u = self.lstm.weight_ih_l0, self.lstm.weight_hh_l0
-        words = self.dropout(self.embed(target))
         given = functional.linear(words, w[:, :e], self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0)  # [batch, steps, 4H]
-        recurrent = torch.cat([w[:, e:], u], dim=1)  # [4H, embedding + H]
-        h, c = h[0], c[0].float()
-        feed = words.new_zeros(len(source), e)
+        kind = given.dtype  # bfloat16 under autocast
+        recur = Repeated(torch.cat([w[:, e:], u], dim=1).to(kind))  # [4H, embedding + H]
+        combine = Repeated(self.combine.weight.to(kind))
+        query = Repeated(self.attention.project.weight.to(kind))
+        memory, h, c = memory.to(kind), h[0].to(kind), c[0].float()
+        feed = words.new_zeros(len(source), e, dtype=kind)
         seen: list[Tensor] = []
-        for step in range(target.shape[1]):
-            gates = given[:, step] + functional.linear(torch.cat([feed, h.to(feed.dtype)], dim=1), recurrent)
-            i, f, g, o = gates.float().chunk(4, dim=1)
+        for gates in given.unbind(1):  # not given[:, step]: its gradient would be a whole tensor of zeros each step
+            i, f, g, o = (gates + recur(torch.cat([feed, h], dim=1))).float().chunk(4, dim=1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(c)
-            context, _ = self.attention.padded(h, memory, absent)
-            feed = self.dropout(torch.tanh(self.combine(torch.cat([h.to(context.dtype), context], dim=1))))
+            h = (torch.sigmoid(o) * torch.tanh(c)).to(kind)
+            context, _ = self.attention.padded(query(h), memory, absent)
+            feed = self.dropout(torch.tanh(combine(torch.cat([h, context], dim=1)) + self.combine.bias.to(kind)))
             seen.append(feed)
         return torch.stack(seen, dim=1)
 
@@ -389,8 +393,9 @@ class TranslatorTraining(Training):
         wanted = batch.target[:, 1:]
         real = wanted != PAD_ID
         attentional = model(batch.source, batch.lengths, batch.target[:, :-1])
-        logits = model.logits(attentional[real]).float()  # [tokens, vocabulary]: no work for padding
-        return functional.cross_entropy(logits, wanted[real], label_smoothing=smoothing), int(real.sum())
+        given = attentional[real]  # [tokens, embedding]: no work for padding
+        weight = model.words.weight.to(given.dtype)
+        return smoothed_cross_entropy(given, weight, model.bias, wanted[real], smoothing), int(real.sum())
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return self._losses(batch, self.settings.smoothing)[0], {}

@@ -5,7 +5,8 @@ It knows axes; it must not know torch, onnx or any model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,19 @@ def sizes(graph: Graph, rows: int, time: int, random: np.random.Generator) -> li
     shared = {a: int(random.integers(1, 12)) for a in names(graph) if not is_ragged(a)}
     ragged = [a for a in names(graph) if is_ragged(a)]
     return [Sizes(time, {**shared, **{a: int(random.integers(1, 12)) for a in ragged}}) for _ in range(rows)]
+
+
+def telling_sizes(graph: Graph, others: Iterable[int]) -> list[Sizes]:
+    """Sizes for an example round in which no length equals another one, 1, 2 or any of `others`."""
+    taken = {1, 2, *others, *(a for t in (*graph.inputs, *graph.outputs, *graph.states) for a in t.axes if isinstance(a, int))}
+    free = (n for n in itertools.count(3) if n not in taken)
+    rows, time = next(free), min(next(free), graph.max_time)
+    shared = {a: next(free) for a in names(graph) if not is_ragged(a)}
+    found = [Sizes(time, {**shared, **{a: 1 for a in names(graph) if is_ragged(a)}}) for _ in range(rows)]
+    for a in (a for a in names(graph) if is_ragged(a)):  # the first row's cells fill up to a total that tells
+        total = next(n for n in free if n > rows)
+        found[0] = Sizes(time, {**found[0].named, a: total - rows + 1})
+    return found
 
 
 def row(graph: Graph, size: Sizes, random: np.random.Generator) -> dict[str, Array]:

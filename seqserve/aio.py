@@ -49,9 +49,7 @@ class AsyncClient:
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -60,9 +58,7 @@ class AsyncClient:
             await self._channel.close(None)
 
     @overload
-    async def classify(
-        self, text: str, model: str = "", version: str = "", *, timeout: float | None = None
-    ) -> results.Classification: ...
+    async def classify(self, text: str, model: str = "", version: str = "", *, timeout: float | None = None) -> results.Classification: ...
     @overload
     async def classify(
         self, text: list[str] | tuple[str, ...], model: str = "", version: str = "", *, timeout: float | None = None

@@ -164,9 +164,7 @@ def _parser(rooms: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentParser
     c.add_argument("--max-tokens", metavar="N", type=int, default=0, help="stop after so many; default: the model's own limit")
     c.add_argument("--stream", action="store_true", help="print tokens as they are decoded")
     c.add_argument("--attention", action="store_true", help="show where the model looked for each token")
-    c.add_argument(
-        "--attention-png", metavar="FILE", type=Path, help="the same as a picture, of the last text (needs matplotlib)"
-    )
+    c.add_argument("--attention-png", metavar="FILE", type=Path, help="the same as a picture, of the last text (needs matplotlib)")
     _model_options(c)
 
     c = add(

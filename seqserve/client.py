@@ -78,9 +78,7 @@ class Client:
         self._channel.close()
 
     @overload
-    def classify(
-        self, text: str, model: str = "", version: str = "", *, timeout: float | None = None
-    ) -> results.Classification: ...
+    def classify(self, text: str, model: str = "", version: str = "", *, timeout: float | None = None) -> results.Classification: ...
     @overload
     def classify(
         self, text: list[str] | tuple[str, ...], model: str = "", version: str = "", *, timeout: float | None = None

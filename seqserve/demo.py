@@ -55,7 +55,7 @@ def run(server: str | None = None, models: Path | None = None) -> int:
             with Client(server) as client:
                 show_all(client)
         else:
-            with started(server_command(models or _models())) as port, Client(f"localhost:{port}") as client:
+            with started(server_command(models or _models())) as port, Client(f"127.0.0.1:{port}") as client:
                 _title("Server", f"ready on port {port} after {time.monotonic() - began:.1f} s")
                 show_all(client)
             print("\nThe server drained and stopped.")
@@ -73,8 +73,8 @@ def _models() -> Path:
 
 
 def server_command(models: Path) -> list[str]:
-    """The command that starts a server on a free port; `started` adds where to write that port."""
-    return [sys.executable, "-m", "server", "--models", str(models), "--port", "0"]
+    """The command that starts a server on free ports; `started` adds where to write the one that is called."""
+    return [sys.executable, "-m", "server", "--models", str(models), "--port", "0", "--metrics-port", "0"]
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def observations(steps: int = 96) -> NDArray[np.float32]:
     drift = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.5])
     noise = np.random.default_rng(7).normal(0, 0.12, (steps, len(level)))
     daily = np.cos((hour - peak) / 24 * 2 * np.pi) + 0.3 * np.cos((hour - peak) / 12 * 2 * np.pi)
-    return (level + swing * (daily + noise) + drift * hour / steps).astype(np.float32)
+    return np.asarray(level + swing * (daily + noise) + drift * hour / steps, np.float32)
 
 
 def example(datatype: str, shape: Sequence[int]) -> NDArray[np.float32] | NDArray[np.int64]:

@@ -77,9 +77,7 @@ def _prefixed(name: str, array: Array) -> Iterator[bytes]:
             case bytes():
                 encoded = element
             case _:
-                raise errors.invalid(
-                    f"input {name!r} has an element of type {type(element).__name__}: only str and bytes travel"
-                )
+                raise errors.invalid(f"input {name!r} has an element of type {type(element).__name__}: only str and bytes travel")
         yield struct.pack("<I", len(encoded))
         yield encoded
 

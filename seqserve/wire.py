@@ -45,9 +45,7 @@ class Call(Generic[R]):
 # Tasks
 
 
-def classify(
-    text: str | Sequence[str], model: str, version: str
-) -> Call[results.Classification | list[results.Classification]]:
+def classify(text: str | Sequence[str], model: str, version: str) -> Call[results.Classification | list[results.Classification]]:
     """One result for a text, a list for a list."""
     texts = [text] if isinstance(text, str) else list(text)
     request = pb.ClassifyRequest(model=_model(model, version), texts=[_text(f"texts[{i}]", t) for i, t in enumerate(texts)])
@@ -89,9 +87,7 @@ def translate_stream(
     return Call(TASKS + "TranslateStream", request, read)
 
 
-def forecast(
-    observations: ArrayLike, horizon: int, quantiles: Sequence[float], model: str, version: str
-) -> Call[results.Forecast]:
+def forecast(observations: ArrayLike, horizon: int, quantiles: Sequence[float], model: str, version: str) -> Call[results.Forecast]:
     """Observations are steps × channels, raw units, oldest first; a flat list is one channel."""
     values = _series("observations", observations)
     request = pb.ForecastRequest(
@@ -135,9 +131,7 @@ def infer(
     parameters: Mapping[str, Parameter] | None,
 ) -> Call[results.Inference]:
     oip = _inference()
-    request = oip.ModelInferRequest(
-        model_name=_text("model", model), model_version=_text("version", version), id=_text("id", id)
-    )
+    request = oip.ModelInferRequest(model_name=_text("model", model), model_version=_text("version", version), id=_text("id", id))
     for name, value in (parameters or {}).items():
         _set_parameter(name, value, request.parameters[name])
     for name, values in inputs.items():
@@ -182,8 +176,7 @@ def model_metadata(name: str, version: str) -> Call[results.ModelMetadata]:
     def read(raw: bytes) -> results.ModelMetadata:
         reply = _parse(oip.ModelMetadataResponse, raw)
         inputs, outputs = (
-            tuple(results.TensorMetadata(t.name, t.datatype, tuple(t.shape)) for t in listed)
-            for listed in (reply.inputs, reply.outputs)
+            tuple(results.TensorMetadata(t.name, t.datatype, tuple(t.shape)) for t in listed) for listed in (reply.inputs, reply.outputs)
         )
         return results.ModelMetadata(reply.name, tuple(reply.versions), reply.platform, inputs, outputs, dict(reply.properties))
 
@@ -249,9 +242,7 @@ def _timing(timing: pb.Timing) -> results.Timing:
     return results.Timing(timing.queue, timing.run, timing.rounds)
 
 
-def _translate_request(
-    text: str, source: str, target: str, beam: int, max_tokens: int, attention: bool, model: str, version: str
-) -> bytes:
+def _translate_request(text: str, source: str, target: str, beam: int, max_tokens: int, attention: bool, model: str, version: str) -> bytes:
     return pb.TranslateRequest(
         model=_model(model, version),
         text=_text("text", text),

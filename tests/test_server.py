@@ -153,7 +153,12 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("huge shape", _shape(1 << 40, 1 << 40), "WRONG_SIZE", "got 16"),
     ("rank", _shape(2), "WRONG_RANK", "expected int64 [batch, time], got int64 [2]"),
     ("two contents", _typed_too(), "TWO_CONTENTS", "send one of them"),
-    ("raw count", pb.ModelInferRequest(model_name="reader", raw_input_contents=[b"", b""]), "WRONG_RAW_COUNT", "has 2 entries for 0 inputs"),
+    (
+        "raw count",
+        pb.ModelInferRequest(model_name="reader", raw_input_contents=[b"", b""]),
+        "WRONG_RAW_COUNT",
+        "has 2 entries for 0 inputs",
+    ),
     ("input twice", _twice(), "REPEATED_INPUT", "is there twice"),
     ("id out of range", tokens_request([[1, 50]]), "OUT_OF_RANGE", "allowed are 0..49"),
     ("negative id", tokens_request([[-1]]), "OUT_OF_RANGE", "allowed are 0..49"),

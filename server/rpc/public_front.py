@@ -53,6 +53,7 @@ class _Call:
         self.deadline = None if remaining is None else time.monotonic() + remaining
         self._front = front
         self._kind = kind
+        self.peer = context.peer()  # now: afterwards grpc.aio would ask a call it has freed
         self._context = context
         self._lock = threading.Lock()
         self._over = self._gone = False
@@ -61,12 +62,9 @@ class _Call:
         self._bytes = 0  # in `_queue`
         self._sending = False
         self._status: tuple[grpc.StatusCode, str, Metadata] | None = None
-        self._work = asyncio.Event()  # the queue or the status has something to send
+        self._ended: Receiver | None = None  # is to be told that the caller has sent its last message
+        self._work = asyncio.Event()  # one of the three above wants something
         self._room = asyncio.Event()  # the queue is at most half full
-
-    @property
-    def peer(self) -> str:
-        return self._context.peer()
 
     @property
     def waiting(self) -> int:
@@ -163,16 +161,22 @@ class _Call:
             while self._full():
                 self._room.clear()
                 await self._room.wait()
-        # The caller has sent its last message, or it has gone. To ask again is answered behind the news of that.
+        # The caller has sent its last message, or it has gone. To ask again is answered behind the news of that, and `carry` learns
+        # of a cancellation before anything else: if it hears that the messages have ended, they have.
         await self._context.read()
-        if not self._over:
-            self.run(receiver.on_end)
+        self._ended = receiver
+        self._work.set()
 
     async def _send(self) -> tuple[grpc.StatusCode, str, Metadata]:
         while True:
             await self._work.wait()
             self._work.clear()
-            while self._queue:
+            while self._queue or self._ended is not None:
+                if self._ended is not None:
+                    receiver, self._ended = self._ended, None
+                    if not self._over:
+                        self.run(receiver.on_end)
+                    continue
                 with self._lock:
                     message = self._queue.popleft()
                     self._bytes -= len(message)

@@ -1,0 +1,66 @@
+"""The README's commands and examples run, against a real server with the shipped models."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.process import ROOT, Served, serve
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serve(ROOT / "models") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def somewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where commands that write may write."""
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.parametrize("command", SHELL)
+def test_shell(command: str, served: Served, somewhere: Path) -> None:
+    """Each line of the README's shell blocks, in order, ends well and prints something."""
+    words = shlex.split(command)
+    program = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
+    environment = {**os.environ, "SEQSERVE_SERVER": f"localhost:{served.port}"}
+    ran = subprocess.run(program, cwd=somewhere, env=environment, capture_output=True, text=True, timeout=110)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=["client", "tensors"])
+def test_python(code: str, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each Python block runs as it stands, but for the port."""
+    assert "localhost:8001" in code
+    exec(compile(code.replace("localhost:8001", f"localhost:{served.port}"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_make_targets() -> None:
+    """Every `make` command that the README names exists."""
+    named = set(re.findall(r"make (\w+)", README)) - {"and"}
+    assert {"serve", "test", "demo", "quality"} <= named
+    for target in named:
+        ran = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_links() -> None:
+    """Every file that the README or ARCHITECTURE links to is there."""
+    for page in ("README.md", "ARCHITECTURE.md"):
+        for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert (ROOT / link).exists(), f"{page}: {link}"

@@ -99,10 +99,11 @@ class Fake:
 
     def translate_stream(self, request: pb.TranslateRequest, context: grpc.ServicerContext) -> Iterator[pb.TranslatePiece]:
         whole = self.translate(request)
+        if request.text.startswith(HOLD) and not context.add_callback(self.gone.set):
+            self.gone.set()  # the caller has left already
         for at, token in enumerate(whole.tokens):
             yield pb.TranslatePiece(text=token.piece if at == 0 else " " + token.piece, token=token)
             if request.text.startswith(HOLD):
-                context.add_callback(self.gone.set)
                 self.gone.wait(60)
                 return
             if request.text.startswith(BREAK):

@@ -209,6 +209,9 @@ def test_replies_of_several_threads_keep_the_order_in_which_they_were_given(serv
                 if len(given) == n:
                     self.call.finish()
 
+        def on_end(self) -> None:
+            """Answers are still being worked on."""
+
     served = serve({"/t.S/Spread": stream(Spread)})
     taken = list(served.stream("/t.S/Spread")((b"%d" % i for i in range(n)), timeout=WAIT_S))
     assert taken == given

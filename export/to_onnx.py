@@ -47,6 +47,10 @@ def write(graph: Graph, module: nn.Module, file: Path) -> None:
         }
         for _, axes in tensors
     )
+    # For a dynamic time axis torch.onnx swaps in other kernels of these while it traces, but torch 2.13 goes on with the
+    # ones it chose first in this process: a second export would find time fixed. (torch.export._patches)
+    for recurrent in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+        recurrent._dispatch_cache.clear()
     with warnings.catch_warnings(), _quiet(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's advice on its own insides
         program = torch.onnx.export(
@@ -62,6 +66,7 @@ def write(graph: Graph, module: nn.Module, file: Path) -> None:
     assert program is not None  # dynamo=True always returns one
     model = program.model_proto
     bare(model)
+    _name_axes(graph, model)
     onnx.checker.check_model(model)
     file.write_bytes(model.SerializeToString())
 
@@ -75,6 +80,17 @@ def bare(model: onnx.ModelProto) -> None:
         function.doc_string = ""
         del function.metadata_props[:]
         _bare_nodes(function.node)
+
+
+def _name_axes(graph: Graph, model: onnx.ModelProto) -> None:
+    """Write the contract's axes into the outputs: the exporter notes an LSTM's time axis as the example's length, though
+    the node itself takes any. Whether every length really runs is the proof's business."""
+    promised = {t.name: t.axes for t in graph.outputs} | {s.output: s.axes for s in graph.states}
+    for output in model.graph.output:
+        dims = output.type.tensor_type.shape.dim
+        for dim, axis in zip(dims, promised[output.name], strict=True):
+            if isinstance(axis, str):
+                dim.dim_param = axis
 
 
 def _bare_graph(graph: onnx.GraphProto) -> None:

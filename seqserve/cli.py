@@ -97,9 +97,9 @@ def _room(name: str, entry: metadata.EntryPoint | None, argv: list[str]) -> int:
         return _say(name, f"this command is not installed: {install}", 2)
     try:
         run: Callable[[list[str]], int] = entry.load()
-    except ModuleNotFoundError as e:
+        return run(argv)
+    except ModuleNotFoundError as e:  # a room may also import what is heavy late
         return _say(name, f"the module {e.name!r} is not installed: {install}", 2)
-    return run(argv)
 
 
 # Options
@@ -220,9 +220,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds < 1e9:
-        raise argparse.ArgumentTypeError("must be above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
 
 

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,7 @@ def translate(client: Client, options: argparse.Namespace) -> None:
     for text in inputs.texts(options.text):
         ask = (text, options.source, options.target, options.beam, options.max_tokens, wanted)
         if options.stream:
-            answer = None
-            for piece in client.translate_stream(*ask, options.model, options.model_version):
-                answer = piece.done
-                if options.json and piece.token is not None:
-                    _json({"text": piece.text, "piece": piece.token.piece, "log_probability": piece.token.log_probability})
-                elif not options.json:
-                    print(piece.text, end="", flush=True)
-            if answer is None:
-                raise errors.bad_reply("the stream ended without its last message")
-            if not options.json:
-                print()
+            answer = _stream(client.translate_stream(*ask, options.model, options.model_version), options.json)
         else:
             answer = client.translate(*ask, options.model, options.model_version)
         if options.json:
@@ -62,6 +52,23 @@ def translate(client: Client, options: argparse.Namespace) -> None:
             print("\n" + "\n".join(show.attention(answer)) + "\n")
     if options.attention_png is not None and answer is not None:
         _draw_attention(answer, options.attention_png)
+
+
+def _stream(pieces: Iterable[results.TranslationPiece], as_json: bool) -> results.Translation:
+    whole = None
+    try:
+        for piece in pieces:
+            whole = piece.done
+            if as_json and piece.token is not None:
+                _json({"text": piece.text, "piece": piece.token.piece, "log_probability": piece.token.log_probability})
+            elif not as_json:
+                print(piece.text, end="", flush=True)
+    finally:
+        if not as_json:
+            print()  # also where it broke off, so that the error has a line of its own
+    if whole is None:
+        raise errors.bad_reply("the stream ended without its last message")
+    return whole
 
 
 def forecast(client: Client, options: argparse.Namespace) -> None:

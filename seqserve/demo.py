@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from seqserve import errors, show
+from seqserve import errors, show, tensors
 from seqserve.client import Client
-from seqserve.results import Model
+from seqserve.results import Array, Model
 
 ROOT = Path(__file__).resolve().parent.parent
 START = 30.0  # seconds that a server may take until it serves
@@ -179,7 +179,7 @@ def show_forecast(client: Client) -> None:
     _title("Forecast", f"{len(answer.mean)} hours of {len(answer.channels)} channels in {_ms(began)}")
     if not np.isfinite(answer.mean).all() or not len(answer.mean):
         raise Failed(f"the forecast is not a series of numbers: {answer}")
-    print("  " + "\n  ".join(show.forecast(observed, answer, CHANNELS)))
+    print("\n".join(f"  {line}".rstrip() for line in show.forecast(observed, answer, CHANNELS)))
 
 
 def show_tensors(client: Client, model: Model) -> None:
@@ -208,15 +208,16 @@ def observations(steps: int = 96) -> NDArray[np.float32]:
     return np.asarray(level + swing * (daily + noise) + drift * hour / steps, np.float32)
 
 
-def example(datatype: str, shape: Sequence[int]) -> NDArray[np.float32] | NDArray[np.int64]:
+def example(datatype: str, shape: Sequence[int]) -> Array:
     """A small tensor of a model's datatype and shape: one row, twelve of any other length that varies."""
     varying = iter([1])
     lengths = [n if n >= 0 else next(varying, 12) for n in shape]
-    if datatype == "INT64":
-        return np.arange(5, 5 + int(np.prod(lengths))).reshape(lengths)
-    if datatype == "FP32":
-        return np.linspace(-1, 1, int(np.prod(lengths)), dtype=np.float32).reshape(lengths)
-    raise Failed(f"the demo has no example of a {datatype} tensor")
+    if datatype == tensors.BYTES:
+        return np.full(lengths, b"word", object)
+    dtype = tensors.DATATYPES[datatype]
+    count = int(np.prod(lengths))
+    values = np.linspace(-1, 1, count) if dtype.kind == "f" else np.arange(5, 5 + count)
+    return values.astype(dtype).reshape(lengths)
 
 
 def _title(title: str, note: str) -> None:

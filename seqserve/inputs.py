@@ -40,7 +40,7 @@ def _lines() -> Iterator[str]:
 
 
 def stdin() -> str:
-    return "".join(_lines())
+    return "".join(_lines()).removeprefix("\ufeff")
 
 
 def read(file: Path) -> str:

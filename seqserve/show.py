@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from seqserve import results
 
+CELLS = 80  # bars of a sparkline, past and ahead together
 _BARS = "▁▂▃▄▅▆▇█"
 _SHADES = " ░▒▓█"
 
@@ -55,6 +56,7 @@ def forecast(observations: NDArray[np.float32], answer: results.Forecast, names:
     rows = [heading]
     lines = []
     label = max(map(width, answer.channels), default=0)
+    scale = -(-(len(observations) + ahead) // CELLS)  # steps that one bar stands for, past and ahead alike
     for i, channel in enumerate(answer.channels):
         seen = observations[:, names.index(channel) if channel in names else i]
         mean = answer.mean[:, i]
@@ -64,7 +66,9 @@ def forecast(observations: NDArray[np.float32], answer: results.Forecast, names:
         rows.append(row)
         low, high = float(min(seen.min(), mean.min(initial=np.inf))), float(max(seen.max(), mean.max(initial=-np.inf)))
         pad = " " * (label - width(channel))
-        lines.append(f"{channel}{pad}  {sparkline(seen, low, high, 36)}│{sparkline(mean, low, high, 36)}")
+        lines.append(
+            f"{channel}{pad}  {sparkline(seen, low, high, -(-len(seen) // scale))}│{sparkline(mean, low, high, -(-ahead // scale))}"
+        )
     return [*table(rows, right=range(1, len(heading))), "", *lines]
 
 

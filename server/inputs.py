@@ -62,29 +62,27 @@ def spell(tensor: Tensor) -> str:
     return f"{tensor.dtype} [{', '.join(map(str, tensor.axes))}]"
 
 
+def _got(array: Array) -> str:
+    return f"{array.dtype.name} {list(array.shape)}"
+
+
 def _check_form(tensor: Tensor, array: Array, sizes: dict[str, tuple[int, str]]) -> None:
-    got = f"{array.dtype.name} {list(array.shape)}"
+    name = tensor.name
     if array.dtype != tensor.numpy_dtype:
-        raise InvalidInput(
-            "WRONG_DTYPE", f"input {tensor.name!r}: expected {spell(tensor)}, got {got}", tensor=tensor.name, expected=tensor.dtype,
-            got=array.dtype.name,
-        )  # fmt: skip
+        message = f"input {name!r}: expected {spell(tensor)}, got {_got(array)}"
+        raise InvalidInput("WRONG_DTYPE", message, tensor=name, expected=tensor.dtype, got=array.dtype.name)
     if array.ndim != len(tensor.axes):
-        raise InvalidInput(
-            "WRONG_RANK", f"input {tensor.name!r}: expected {spell(tensor)}, got {got}", tensor=tensor.name, expected=len(tensor.axes),
-            got=array.ndim,
-        )  # fmt: skip
+        message = f"input {name!r}: expected {spell(tensor)}, got {_got(array)}"
+        raise InvalidInput("WRONG_RANK", message, tensor=name, expected=len(tensor.axes), got=array.ndim)
     for axis, size in zip(tensor.axes, array.shape, strict=True):
         if isinstance(axis, int):
             wanted, because = axis, ""
         else:
-            wanted, other = sizes.setdefault(axis, (size, tensor.name))
+            wanted, other = sizes.setdefault(axis, (size, name))
             because = f" as in {other!r}"
         if size != wanted:
-            raise InvalidInput(
-                "WRONG_SHAPE", f"input {tensor.name!r}: axis {axis!r} must be {wanted}{because}, got {got}; expected {spell(tensor)}",
-                tensor=tensor.name, axis=axis, expected=wanted, got=size,
-            )  # fmt: skip
+            message = f"input {name!r}: axis {axis!r} must be {wanted}{because}, got {_got(array)}; expected {spell(tensor)}"
+            raise InvalidInput("WRONG_SHAPE", message, tensor=name, axis=axis, expected=wanted, got=size)
 
 
 def _check_values(tensor: Tensor, array: Array) -> None:

@@ -133,7 +133,9 @@ class Front(Protocol):
         """Accept calls."""
 
     def drain(self) -> None:
-        """Accept no more calls and ask callers to reconnect elsewhere (GOAWAY); running calls go on. Returns at once."""
+        """Accept no more calls and ask callers to reconnect elsewhere (GOAWAY); running calls go on. Returns at once.
+
+        A new call gets UNAVAILABLE, or CANCELLED if it crosses the GOAWAY on the wire: gRPC drops such calls unseen."""
 
     def stop(self, grace_s: float) -> None:
         """Drain, wait up to `grace_s` seconds for running calls, cancel the rest, and end the front's threads. Never call it

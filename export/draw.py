@@ -46,7 +46,8 @@ def sizes(graph: Graph, rows: int, time: int, random: np.random.Generator) -> li
 
 def telling_sizes(graph: Graph, others: Iterable[int]) -> list[Sizes]:
     """Sizes for an example round in which no length equals another one, 1, 2 or any of `others`."""
-    taken = {1, 2, *others, *(a for t in (*graph.inputs, *graph.outputs, *graph.states) for a in t.axes if isinstance(a, int))}
+    every = [t.axes for t in (*graph.inputs, *graph.outputs)] + [s.axes for s in graph.states]
+    taken = {1, 2, *others, *(a for axes in every for a in axes if isinstance(a, int))}
     free = (n for n in itertools.count(3) if n not in taken)
     rows, time = next(free), min(next(free), graph.max_time)
     shared = {a: next(free) for a in names(graph) if not is_ragged(a)}
@@ -90,12 +91,13 @@ def fresh(graph: Graph) -> dict[str, Array]:
 
 
 def scaled(graph: Graph, states: Values, random: np.random.Generator) -> dict[str, Array]:
-    """States moved off what the model itself reached: each element of a floating state times 0.5 to 1.5."""
+    """States moved off what the model itself reached: each element of a floating state times 0.5 to 1.5, but a state of
+    whole numbers (a count of steps) as it is: a fraction of a step is no state the model can be in."""
     moved: dict[str, Array] = {}
     for s in graph.states:
         value = states[s.input]
-        floating = value.dtype.kind == "f"
-        moved[s.input] = (value * random.uniform(0.5, 1.5, value.shape)).astype(value.dtype) if floating else value
+        whole = value.dtype.kind != "f" or bool((value == np.rint(value)).all())
+        moved[s.input] = value if whole else (value * random.uniform(0.5, 1.5, value.shape)).astype(value.dtype)
     return moved
 
 

@@ -3,6 +3,8 @@
     ServeError
     ├── InvalidInput     INVALID_ARGUMENT     correct the request; the message says what is allowed
     ├── NotFound         NOT_FOUND            use one of the names in the message
+    ├── Gone             FAILED_PRECONDITION  the session has ended, the reason says why; open a new one
+    ├── Conflict         FAILED_PRECONDITION  not the turn that comes next; go on from the last applied turn, in the facts
     ├── Overloaded       RESOURCE_EXHAUSTED   send again after `retry_after`
     ├── DeadlineExceeded DEADLINE_EXCEEDED    allow more time; nothing was changed
     ├── Draining         UNAVAILABLE          send again: another server, or this one restarted, will take it
@@ -36,6 +38,14 @@ class InvalidInput(ServeError):
 
 class NotFound(ServeError):
     status = "NOT_FOUND"
+
+
+class Gone(ServeError):
+    status = "FAILED_PRECONDITION"
+
+
+class Conflict(ServeError):
+    status = "FAILED_PRECONDITION"
 
 
 class Overloaded(ServeError):

@@ -101,7 +101,7 @@ def test_a_wrong_export_is_refused_with_a_table(tmp_path: Path) -> None:
     runner = made(READER, Reader(), tmp_path)
     other = Reader()
     with torch.no_grad():
-        other.lstm.bias_ih_l0[0] += 0.01
+        dict(other.lstm.named_parameters())["bias_ih_l0"][0] += 0.01
     with pytest.raises(VerifyError) as refused:
         verify.verify("reader", READER, other, runner)
     lines = str(refused.value).splitlines()

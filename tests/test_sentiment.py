@@ -16,7 +16,7 @@ from contract.bundle import Bundle, validate
 from contract.text import Vocabulary
 from training import __main__ as command
 from training import checkpoint, sentiment
-from training.data import DataError, imdb
+from training.data import DataError, Source, imdb
 from training.sentiment import Dims, Sentiment
 
 
@@ -118,7 +118,7 @@ def test_an_incomplete_archive_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
             archive.addfile(member, io.BytesIO(text))
     with pytest.raises(DataError, match="damaged"):
         imdb.read("train", tmp_path)
-    monkeypatch.setattr(imdb, "LABELLED", imdb.Source(imdb.LABELLED.name, None))
+    monkeypatch.setattr(imdb, "LABELLED", Source(imdb.LABELLED.name, None))
     with pytest.raises(DataError, match="3 reviews in 'train', not 25000"):
         imdb.read("train", tmp_path)
     monkeypatch.setattr(imdb, "_COUNTS", {"train": 3})

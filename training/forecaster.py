@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,9 +115,9 @@ class Forecaster(nn.Module):
     def follow(self, before: Tensor, values: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h, c [1, batch, channels * hidden] → the LSTM's output [batch, channels, time, hidden] and next h, c."""
         batch, time, channels = values.shape
-        given = self.features(before, values).permute(0, 2, 1, 3).reshape(-1, time, FEATURES)
-        hidden = self.dims.hidden
-        output, (h, c) = self.lstm(given, (h.reshape(1, -1, hidden), c.reshape(1, -1, hidden)))
+        rows, hidden = batch * channels, self.dims.hidden
+        given = self.features(before, values).permute(0, 2, 1, 3).reshape(rows, time, FEATURES)
+        output, (h, c) = self.lstm(given, (h.reshape(1, rows, hidden), c.reshape(1, rows, hidden)))
         shape = (1, batch, channels * hidden)
         return output.reshape(batch, channels, time, hidden), h.reshape(shape), c.reshape(shape)
 
@@ -146,7 +146,7 @@ class Forecaster(nn.Module):
     def start(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """first [batch, 1, channels], any units → the look-back before anything was seen, and h (or c)."""
         d = self.dims
-        return first.expand(-1, d.lookback, -1), first.new_zeros(1, len(first), d.channels * d.hidden)
+        return first.expand(-1, d.lookback, -1), first.new_zeros(1, first.shape[0], d.channels * d.hidden)
 
     def forward(
         self, values: Tensor, window: Tensor, seen: Tensor, h: Tensor, c: Tensor
@@ -159,7 +159,7 @@ class Forecaster(nn.Module):
         window = torch.cat([before, values], dim=1)[:, -self.dims.lookback :]
         output, h, c = self.follow(self.standardise(before), self.standardise(values), h, c)
         # the newest output, read from h: a slice of the whole output would cost a copy of it
-        state = h.reshape(len(values), self.dims.channels, self.dims.hidden)
+        state = h.reshape(values.shape[0], self.dims.channels, self.dims.hidden)
         found = self.forecast(state, self.standardise(window).transpose(1, 2))
         mean = found.mean * self.scale + self.centre
         quantiles = found.quantiles * self.scale.unsqueeze(1) + self.centre.unsqueeze(1)
@@ -368,7 +368,7 @@ def going_on(model: Forecaster, values: Tensor) -> dict[str, float]:
         return {"mse": float(functional.mse_loss(found.mean, truth)), "coverage": float(covered(found.quantiles, truth))}
 
 
-def calibrate(model: Forecaster, batches: DataLoader[Any]) -> float:
+def calibrate(model: Forecaster, batches: Iterable[Tensor]) -> float:
     """The width at which 80 % of the values lie between the deciles 0.1 and 0.9, by bisection over [0.25, 4]."""
     back = model.dims.lookback
     low, high = math.log(0.25), math.log(4.0)

@@ -1,0 +1,243 @@
+"""Sessions: state that outlives a request, advanced in numbered turns.
+
+Law of this file: everything that decides what a turn, a fork or a deadline may do to a session is decided here, and
+nothing else happens here. It knows no clock (time is an argument, in seconds), no thread, no gRPC, no onnxruntime, and
+neither what a state is nor what a reply says: both are values it keeps. Callers hold one lock around it.
+
+The life of a turn: `begin` says whether it is to run, is running already, or was answered before; `commit` applies it
+once it has run, or `abort` drops it and what waits behind it. Turns count from 1. State, turn and reply change together,
+in `commit`, and nowhere else; so whatever fails, the session is as it was after the last turn applied.
+
+Replies are kept until the caller says that it has them (`acknowledged`), so that a retried turn, or all of a broken
+connection's turns, are answered with the same bytes and advance nothing. At most WINDOW turns may be unacknowledged.
+A repeated turn must bring the same input, by digest: two writers on one session can't be mistaken for one that retries.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from server.errors import Conflict, Gone, NotFound, Overloaded, ServeError
+
+WINDOW = 1024  # unacknowledged turns a session may have: what a client may lose the connection over
+REMEMBERED = 10_000  # sessions that ended, of which it is still known why
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A turn that was applied: what it brought, by digest, and what it was told."""
+
+    turn: int
+    digest: bytes
+    reply: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """All that there is to a session between turns: what is stored, forked, exported."""
+
+    id: str
+    model: str
+    version: str
+    fingerprint: str
+    ttl: float  # seconds that it lives after its last turn
+    turn: int = 0  # the last applied
+    acknowledged: int = 0  # the last whose reply the caller has
+    state: Any = None  # None: has read nothing
+    replies: tuple[Answered, ...] = ()  # of the turns after `acknowledged`, in order
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A turn that was begun. `work` is the caller's own; `again` are the callers who sent the same turn meanwhile."""
+
+    turn: int
+    digest: bytes
+    work: Any
+    again: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What becomes of a turn: `reply` where it was answered before; else `pending`, and `run` where nothing runs yet."""
+
+    reply: bytes | None = None
+    pending: Pending | None = None
+    run: bool = False
+
+
+T = TypeVar("T", Answered, Pending)
+
+
+class Session:
+    """A session in memory: what is kept of it, and the turns under way."""
+
+    __slots__ = ("expires", "kept", "line")
+
+    def __init__(self, kept: Kept, expires: float) -> None:
+        self.kept = kept
+        self.expires = expires
+        self.line: deque[Pending] = deque()  # begun, not yet applied; the first is running
+
+
+class Sessions:
+    """All sessions of a server."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._live: dict[str, Session] = {}
+        self._ended: OrderedDict[str, tuple[str, int]] = OrderedDict()  # id → why, last turn
+        self._deadlines: list[tuple[float, int, str]] = []
+        self._tie = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def open(self, kept: Kept, now: float) -> Session:
+        """A new session, or one that was kept elsewhere. Raises Conflict where its id lives, Overloaded past the quota."""
+        if kept.id in self._live:
+            turn = self._live[kept.id].kept.turn
+            message = f"session {kept.id!r} is open; use another id, or go on with turn {turn + 1}"
+            raise Conflict("SESSION_EXISTS", message, session=kept.id, turn=turn)
+        if len(self._live) >= self._most:
+            soonest = max(0.05, self._next_deadline() - now)
+            raise Overloaded(
+                "SESSION_QUOTA", f"{self._most} sessions are open, the most this server keeps; close some, or try again in {soonest:.1f} s",
+                retry_after=soonest, limit=self._most,
+            )  # fmt: skip
+        self._ended.pop(kept.id, None)
+        session = self._live[kept.id] = Session(kept, now + kept.ttl)
+        heapq.heappush(self._deadlines, (session.expires, next(self._tie), kept.id))
+        return session
+
+    def find(self, id: str) -> Session:
+        """The session of that id. Raises Gone where it ended, saying why and its last turn; NotFound where it never was."""
+        session = self._live.get(id)
+        if session is not None:
+            return session
+        if id in self._ended:
+            why, turn = self._ended[id]
+            raise Gone(f"SESSION_{why.upper()}", f"session {id!r} {_HOW[why]} after turn {turn}; open a new one", session=id, turn=turn)
+        raise NotFound("UNKNOWN_SESSION", f"there is no session {id!r}; open one", session=id)
+
+    def begin(self, id: str, turn: int, digest: bytes, work: Any, acknowledged: int, now: float) -> Begun:
+        """Take turn `turn` of a session, with the digest of what it brings. Raises Gap, Conflict, Overloaded, or as find."""
+        session = self.find(id)
+        kept = session.kept
+        self._touch(session, now)
+        if not 0 <= acknowledged <= kept.turn:
+            message = f"turn {acknowledged} is not answered yet; acknowledge at most"
+            raise self._refuse(Conflict, "ACKNOWLEDGED_AHEAD", message, session)
+        if acknowledged > kept.acknowledged:
+            kept = session.kept = replace(kept, acknowledged=acknowledged, replies=_after(kept.replies, acknowledged))
+        if turn < 1 or turn <= kept.acknowledged:
+            message = f"turn {turn} was answered and acknowledged; its reply is no longer kept; go on after"
+            raise self._refuse(Conflict, "ACKNOWLEDGED", message, session)
+        if turn <= kept.turn:
+            return Begun(reply=_same(kept.replies[turn - kept.acknowledged - 1], digest, session).reply)
+        place = turn - kept.turn - 1
+        if place < len(session.line):
+            pending = _same(session.line[place], digest, session)
+            pending.again.append(work)
+            return Begun(pending=pending)
+        if place > len(session.line):
+            begun = kept.turn + len(session.line)
+            message = f"turn {turn} leaves a gap after turn {begun}; send turn {begun + 1}; applied are turns up to"
+            raise self._refuse(Conflict, "GAP", message, session)
+        if turn - kept.acknowledged > WINDOW:
+            message = f"{WINDOW} turns are unacknowledged; read their replies and acknowledge them; applied are turns up to"
+            raise self._refuse(Overloaded, "UNACKNOWLEDGED", message, session)
+        pending = Pending(turn, digest, work, [])
+        session.line.append(pending)
+        return Begun(pending=pending, run=len(session.line) == 1)
+
+    def commit(self, session: Session, replies: Iterable[bytes], state: Any, now: float) -> list[Pending]:
+        """The first turns in line ran, one per reply: apply them together. Gives them back, to be answered."""
+        done, answered = [], []
+        for reply in replies:
+            pending = session.line.popleft()
+            done.append(pending)
+            answered.append(Answered(pending.turn, pending.digest, reply))
+        kept = session.kept
+        session.kept = replace(kept, turn=kept.turn + len(done), state=state, replies=(*kept.replies, *answered))
+        self._touch(session, now)
+        return done
+
+    def abort(self, session: Session) -> list[Pending]:
+        """The first turn in line failed or was given up: it and those behind it are dropped, and given back to be told."""
+        dropped = list(session.line)
+        session.line.clear()
+        return dropped
+
+    def close(self, id: str, why: str = "closed") -> Session:
+        """End a session; its turns under way are the caller's to abort. `why`: closed, expired, evicted, moved or unloaded."""
+        session = self.find(id)
+        del self._live[id]
+        self._ended[id] = (why, session.kept.turn)
+        while len(self._ended) > REMEMBERED:
+            self._ended.popitem(last=False)
+        return session
+
+    def fork(self, id: str, new: str, now: float) -> Session:
+        """Another session that goes on from the same turn; unanswered turns are not taken along."""
+        kept = self.find(id).kept
+        return self.open(replace(kept, id=new, acknowledged=kept.turn, replies=()), now)
+
+    def expired(self, now: float) -> list[Session]:
+        """Sessions whose time is over; they have ended. One that has a turn under way lives on until it is done."""
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, id = heapq.heappop(self._deadlines)
+            session = self._live.get(id)
+            if session is None:
+                continue
+            if session.expires > now or session.line:  # it was used since: look again when it would now end
+                at = max(session.expires, now + session.kept.ttl) if session.line else session.expires
+                heapq.heappush(self._deadlines, (at, next(self._tie), id))
+                session.expires = at
+            else:
+                late.append(self.close(id, "expired"))
+        return late
+
+    def wake_at(self) -> float | None:
+        """When to call `expired` next."""
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def all(self) -> list[Session]:
+        return list(self._live.values())
+
+    def _touch(self, session: Session, now: float) -> None:
+        session.expires = now + session.kept.ttl  # the heap learns of it when the old deadline comes up
+
+    def _next_deadline(self) -> float:
+        return self._deadlines[0][0] if self._deadlines else 0.0
+
+    def _refuse(self, kind: type[ServeError], reason: str, message: str, session: Session) -> ServeError:
+        turn = session.kept.turn
+        retry = 0.05 if kind is Overloaded else None
+        return kind(reason, f"session {session.kept.id!r}: {message} turn {turn}", retry_after=retry, session=session.kept.id, turn=turn)
+
+
+_HOW = {
+    "closed": "was closed", "expired": "expired", "evicted": "was evicted", "moved": "moved to another server",
+    "unloaded": "ended with its model",
+}  # fmt: skip
+
+
+def _after(replies: tuple[Answered, ...], acknowledged: int) -> tuple[Answered, ...]:
+    return tuple(a for a in replies if a.turn > acknowledged)
+
+
+def _same(known: T, digest: bytes, session: Session) -> T:
+    if known.digest != digest:
+        id, turn = session.kept.id, session.kept.turn
+        raise Conflict(
+            "OTHER_INPUT", f"session {id!r}: turn {known.turn} came before with another input: does someone else write to this session? "
+            f"Last applied is turn {turn}", session=id, turn=turn,
+        )  # fmt: skip
+    return known

@@ -34,10 +34,9 @@ class Scores:
 
     @classmethod
     def read(cls, file: Path, model: str) -> Scores:
-        """The rows of a model in the quality command's JSON: a list of objects with model, metric, value and maybe floor
-        and on (the data they were measured on)."""
-        document = json.loads(file.read_text(encoding="utf-8"))
-        rows = document.get("results", []) if isinstance(document, dict) else document
+        """The rows of a model in the quality command's JSON: a list of objects with model, data (what they were measured
+        on), metric, value, and low and high where there are floors."""
+        rows = json.loads(file.read_text(encoding="utf-8"))
         return cls(tuple(r for r in rows if r.get("model") == model))
 
 
@@ -77,8 +76,7 @@ def write(
 def _figures(kept: Checkpoint, scores: Scores) -> list[str]:
     lines = ["| measured on | metric | value | floor |", "|---|---|---:|---:|"]
     for r in scores.rows:
-        floor = r.get("floor")
-        lines.append(f"| {r.get('on', 'test set')} | {r['metric']} | {_number(r['value'])} | {'' if floor is None else floor} |")
+        lines.append(f"| {r['data']} | {r['metric']} | {_number(r['value'])} | {_floor(r.get('low'), r.get('high'))} |")
     lines += [f"| validation | {n.removeprefix('validation_').replace('_', ' ')} | {_number(v)} | |" for n, v in kept.scores.items()]
     note = "" if scores.rows else "Figures on the test set come from the quality command, which runs this bundle as it is served."
     return ["\n".join(lines), note]
@@ -99,6 +97,12 @@ def _graphs(bundle: Bundle) -> list[str]:
 
 def _tensors(listed: Any) -> str:
     return ", ".join(f"`{name}` [{', '.join(str(a) for a in axes)}]" for name, axes in listed)
+
+
+def _floor(low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f"{low:g} to {high:g}"
+    return f"at least {low:g}" if low is not None else f"at most {high:g}" if high is not None else ""
 
 
 def _number(value: Any) -> str:

@@ -531,7 +531,7 @@ class ModelInfo(_message.Message):
     @_builtins.property
     def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What a caller wants to know of the model, lists separated by commas. By kind: "labels"; "languages" ("en-de"),
-        "beam"; "channels", "look_back", "horizon", "quantiles".
+        "beam"; "channels", "lookback", "horizon", "quantiles".
         """
 
     def __init__(

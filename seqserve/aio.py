@@ -1,6 +1,6 @@
 """The asyncio client: the same calls as `client.Client`, awaited.
 
-What it sends and how replies are read is in `wire`, when it tries again in `retry`. One client belongs to one event
+What it sends and how replies are read is in `wire` and `inference`, when it tries again in `retry`. One client belongs to one event
 loop: the connection is made at the first call, on the loop that runs then.
 """
 
@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 from numpy.typing import ArrayLike
 
-from seqserve import errors, results, retry, wire
+from seqserve import errors, inference, results, retry, wire
 from seqserve.client import OPTIONS, RETRIES, TIMEOUT
 
 R = TypeVar("R")
@@ -122,12 +122,12 @@ class AsyncClient:
         outputs: Iterable[str] = (),
         version: str = "",
         id: str = "",
-        parameters: Mapping[str, wire.Parameter] | None = None,
+        parameters: Mapping[str, inference.Parameter] | None = None,
         *,
         timeout: float | None = None,
     ) -> results.Inference:
         """Runs a model's main graph on arrays (Open Inference Protocol); `model_metadata` says which it takes."""
-        return await self._call(wire.infer(model, inputs, outputs, version, id, parameters), timeout)
+        return await self._call(inference.infer(model, inputs, outputs, version, id, parameters), timeout)
 
     async def models(self, *, timeout: float | None = None) -> list[results.Model]:
         """What the server serves, every version of it."""
@@ -135,23 +135,23 @@ class AsyncClient:
 
     async def model_metadata(self, name: str, version: str = "", *, timeout: float | None = None) -> results.ModelMetadata:
         """The tensors that `infer` takes and gives for a model."""
-        return await self._call(wire.model_metadata(name, version), timeout)
+        return await self._call(inference.model_metadata(name, version), timeout)
 
     async def metadata(self, *, timeout: float | None = None) -> results.ServerMetadata:
         """What the server says of itself."""
-        return await self._call(wire.metadata(), timeout)
+        return await self._call(inference.metadata(), timeout)
 
     async def live(self, *, timeout: float | None = None) -> bool:
         """Whether a server is there."""
-        return await self._call(wire.live(), timeout)
+        return await self._call(inference.live(), timeout)
 
     async def ready(self, *, timeout: float | None = None) -> bool:
         """Whether a server is there and serves all its models."""
-        return await self._call(wire.ready(), timeout)
+        return await self._call(inference.ready(), timeout)
 
     async def model_ready(self, name: str, version: str = "", *, timeout: float | None = None) -> bool:
         """Whether a model can be called now."""
-        return await self._call(wire.model_ready(name, version), timeout)
+        return await self._call(inference.model_ready(name, version), timeout)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """The standard health check's word: SERVING, NOT_SERVING, UNKNOWN. Raises NotFound for an unknown service."""

@@ -1,4 +1,4 @@
-"""The blocking client. What it sends and how replies are read is in `wire`, when it tries again in `retry`.
+"""The blocking client. What it sends and how replies are read is in `wire` and `inference`, when it tries again in `retry`.
 
 Safe to use from many threads and from greenlets: it keeps no state between calls and starts no thread of its own.
 `aio` is its asyncio twin; both have the same methods.
@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 import grpc
 from numpy.typing import ArrayLike
 
-from seqserve import errors, results, retry, wire
+from seqserve import errors, inference, results, retry, wire
 
 R = TypeVar("R")
 
@@ -142,12 +142,12 @@ class Client:
         outputs: Iterable[str] = (),
         version: str = "",
         id: str = "",
-        parameters: Mapping[str, wire.Parameter] | None = None,
+        parameters: Mapping[str, inference.Parameter] | None = None,
         *,
         timeout: float | None = None,
     ) -> results.Inference:
         """Runs a model's main graph on arrays (Open Inference Protocol); `model_metadata` says which it takes."""
-        return self._call(wire.infer(model, inputs, outputs, version, id, parameters), timeout)
+        return self._call(inference.infer(model, inputs, outputs, version, id, parameters), timeout)
 
     def models(self, *, timeout: float | None = None) -> list[results.Model]:
         """What the server serves, every version of it."""
@@ -155,23 +155,23 @@ class Client:
 
     def model_metadata(self, name: str, version: str = "", *, timeout: float | None = None) -> results.ModelMetadata:
         """The tensors that `infer` takes and gives for a model."""
-        return self._call(wire.model_metadata(name, version), timeout)
+        return self._call(inference.model_metadata(name, version), timeout)
 
     def metadata(self, *, timeout: float | None = None) -> results.ServerMetadata:
         """What the server says of itself."""
-        return self._call(wire.metadata(), timeout)
+        return self._call(inference.metadata(), timeout)
 
     def live(self, *, timeout: float | None = None) -> bool:
         """Whether a server is there."""
-        return self._call(wire.live(), timeout)
+        return self._call(inference.live(), timeout)
 
     def ready(self, *, timeout: float | None = None) -> bool:
         """Whether a server is there and serves all its models."""
-        return self._call(wire.ready(), timeout)
+        return self._call(inference.ready(), timeout)
 
     def model_ready(self, name: str, version: str = "", *, timeout: float | None = None) -> bool:
         """Whether a model can be called now."""
-        return self._call(wire.model_ready(name, version), timeout)
+        return self._call(inference.model_ready(name, version), timeout)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """The standard health check's word: SERVING, NOT_SERVING, UNKNOWN. Raises NotFound for an unknown service."""

@@ -75,8 +75,8 @@ def forecast(client: Client, options: argparse.Namespace) -> None:
     kept = _forecaster(client.models(), options.model, options.model_version)
     text = inputs.stdin() if options.csv == "-" else inputs.read(Path(options.csv))
     names, rows = inputs.read_csv(text, options.columns, [c for c in kept.get("channels", "").split(",") if c])
-    look_back = kept.get("look_back", "")
-    rows = rows[-int(look_back) :] if look_back.isdecimal() and int(look_back) else rows
+    lookback = kept.get("lookback", "")
+    rows = rows[-int(lookback) :] if lookback.isdecimal() and int(lookback) else rows
     answer = client.forecast(rows, options.horizon, options.quantiles, options.model, options.model_version)
     if options.json:
         quantiles = {f"{q:g}": values.tolist() for q, values in answer.quantiles.items()}

@@ -15,9 +15,10 @@ from server.config import Config
 from server.engine import Workers
 from server.metrics import Metrics
 from server.rounds import Limits
-from server.rpc import health, inference, tasks
+from server.rpc import health, inference, sessions, tasks
 from server.rpc.answer import Desk
 from server.rpc.front import Options, choose_front
+from server.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +32,14 @@ class App:
         self.workers = Workers(config.workers)
         limits = Limits(rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, workers=config.workers)
         self.catalog = Catalog(self.workers, limits, self.metrics, config.max_request_rows)
-        services = [inference.SERVICE, tasks.SERVICE, health.SERVICE]
+        self.turns = Turns(self.catalog, config.max_sessions, config.session_ttl)
+        services = [inference.SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
         self.health = health.Health(services)
         desk = Desk(self.metrics, config.access_log)
         methods = {
             **inference.Inference(self.catalog, lambda: self.health.serving).methods(desk),
             **tasks.Tasks(self.catalog, lambda: self.health.serving).methods(desk),
+            **sessions.Sessions(self.turns).methods(desk),
             **self.health.methods(desk),
             **health.reflect(services),
         }
@@ -60,6 +63,7 @@ class App:
         if self.config.metrics_port >= 0:
             self.metrics_port, self._stop_metrics = self.metrics.serve(self.config.host, self.config.metrics_port)
         self.workers.start()
+        self.turns.start()
         self.front.start()
         self.health.set(True)
         if self.config.port_file is not None:
@@ -78,6 +82,7 @@ class App:
         done = self.workers.drain(self.config.drain_seconds)
         left = max(0.0, self.config.drain_seconds - (time.monotonic() - began))
         self.workers.stop()
+        self.turns.stop()
         self.front.stop(min(left, 1.0) if done else 0.0)  # replies are sent; a second is for slow readers
         self._stop_metrics()
         log.info("stopped after %.2f s%s", time.monotonic() - began, "" if done else "; some requests were refused")

@@ -28,6 +28,8 @@ class Config:
     chunk: int = _knob(32, "time steps of one round; the most that a newcomer waits behind a long sequence")
     max_queue: int = _knob(1024, "requests waiting or running per model; more are refused with a time to retry after")
     max_request_rows: int = _knob(256, "rows that one tensor request may bring")
+    max_sessions: int = _knob(100_000, "sessions open at once; one more is refused with a time to retry after")
+    session_ttl: float = _knob(3600.0, "seconds a session lives after its last turn, where its caller names none")
     max_message_bytes: int = _knob(16 << 20, "size of one message; larger ones are refused")
     front: str = _knob("auto", "how calls are carried: queue (grpc's completion queue, fastest), public (grpc.aio), auto")
     drain_seconds: float = _knob(30.0, "how long a stopping server waits for running requests")
@@ -39,13 +41,16 @@ class Config:
 
     def __post_init__(self) -> None:
         least: Mapping[str, int] = {
-            "workers": 1, "max_rows": 1, "chunk": 1, "max_queue": 1, "max_request_rows": 1, "max_message_bytes": 1024, "port": 0,
+            "workers": 1, "max_rows": 1, "chunk": 1, "max_queue": 1, "max_request_rows": 1, "max_sessions": 1,
+            "max_message_bytes": 1024, "port": 0,
             "metrics_port": -1,
         }  # fmt: skip
         faults = [f"--{_flag(name)} must be at least {low}" for name, low in least.items() if getattr(self, name) < low]
         faults += [f"--{_flag(name)} must be at most 65535" for name in ("port", "metrics_port") if getattr(self, name) > 65535]
         if self.drain_seconds < 0:
             faults.append("--drain-seconds must not be negative")
+        if self.session_ttl <= 0:
+            faults.append("--session-ttl must be above 0")
         if self.front not in ("auto", "queue", "public"):
             faults.append("--front must be auto, queue or public")
         if self.log_level not in ("debug", "info", "warning", "error"):

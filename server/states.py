@@ -30,6 +30,12 @@ class Rows:
         """The rows themselves, as views."""
         return tuple(_cut(array, s.batch_axis, self.start, self.count) for s, array in zip(graph.states, self.bank, strict=True))
 
+    def own(self, graph: Graph) -> Rows:
+        """The same rows with arrays of their own, that keep no others from being freed."""
+        if all(array.shape[s.batch_axis] == self.count for s, array in zip(graph.states, self.bank, strict=True)):
+            return self
+        return Rows(tuple(array.copy() for array in self.arrays(graph)), 0, self.count)
+
     def pick(self, graph: Graph, rows: Sequence[int]) -> Rows:
         """Other rows in another order: what beam search makes of its hypotheses. Copies."""
         indices = np.asarray(rows, np.intp) + self.start

@@ -126,7 +126,7 @@ class Fake:
         reply.models.add(name="sentiment", version="1", kind="classify", ready=True, facts={"labels": "negative,positive"})
         reply.models.add(name="en-de", version="1", kind="translate", ready=True, facts={"languages": "en-de"})
         for version in ("1", "2"):
-            facts = {"channels": ",".join(CHANNELS), "look_back": "96", "horizon": "24"}
+            facts = {"channels": ",".join(CHANNELS), "lookback": "96", "horizon": "24"}
             reply.models.add(name="ett", version=version, kind="forecast", ready=True, facts=facts, fingerprint="sha256:0")
         return reply
 

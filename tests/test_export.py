@@ -212,13 +212,13 @@ def test_a_failed_export_leaves_what_was_there(
 def test_test_figures_reach_the_card(run: Path, tmp_path: Path) -> None:
     """The rows of the quality command's JSON that are this model's stand in its card."""
     rows = [
-        {"model": "mood", "metric": "accuracy", "value": 0.875, "floor": 0.5, "on": "25,000 test reviews"},
-        {"model": "other", "metric": "BLEU", "value": 1.0},
+        {"model": "mood", "data": "25,000 test reviews", "metric": "accuracy", "value": 0.875, "low": 0.5, "high": None},
+        {"model": "other", "data": "x", "metric": "BLEU", "value": 1.0, "low": None, "high": None},
     ]
-    (tmp_path / "quality.json").write_text(json.dumps({"results": rows}))
+    (tmp_path / "quality.json").write_text(json.dumps(rows))
     assert command.main([str(run), "--out", str(tmp_path / "mood" / "1"), "--scores", str(tmp_path / "quality.json")]) == 0
     text = (tmp_path / "mood" / "1" / card.FILE).read_text()
-    assert "| 25,000 test reviews | accuracy | 0.875 | 0.5 |" in text
+    assert "| 25,000 test reviews | accuracy | 0.875 | at least 0.5 |" in text
     assert "BLEU" not in text
 
 

@@ -4,6 +4,7 @@ import gc
 import logging
 import random
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -425,7 +426,7 @@ def test_a_handler_that_raises_fails_its_call_and_no_other(serve: Serve, caplog:
 
 
 def test_a_call_that_cannot_be_ended_that_way_says_so_to_its_handler(serve: Serve) -> None:
-    """`finish` on a unary call, trailing metadata on a stream's reply and failing with OK are mistakes of the handler."""
+    """`finish` on a unary call, trailing metadata on a stream's reply, a reply of text and failing with OK raise in the handler."""
     raised: list[type[BaseException]] = []
 
     def wrong(call: Call, request: bytes) -> None:
@@ -436,12 +437,21 @@ def test_a_call_that_cannot_be_ended_that_way_says_so_to_its_handler(serve: Serv
                 raised.append(type(error))
         call.reply(b"")
 
-    served = serve({"/t.S/Wrong": unary(wrong), "/t.S/Stream": server_stream(lambda call, request: call.reply(b"", TRAILING))})
+    text: Any = "text"
+    served = serve(
+        {
+            "/t.S/Wrong": unary(wrong),
+            "/t.S/Trailing": server_stream(lambda call, request: call.reply(b"", TRAILING)),
+            "/t.S/Text": unary(lambda call, request: call.reply(text)),
+            "/t.S/Texts": server_stream(lambda call, request: call.reply(text)),
+        }
+    )
     served.unary("/t.S/Wrong")(b"", timeout=WAIT_S)
     assert raised == [TypeError, ValueError]
-    with pytest.raises(grpc.RpcError) as failure:
-        list(served.server_stream("/t.S/Stream")(b"", timeout=WAIT_S))
-    assert failure.value.code() is grpc.StatusCode.INTERNAL
+    for method in ("/t.S/Trailing", "/t.S/Text", "/t.S/Texts"):
+        with pytest.raises(grpc.RpcError) as failure:
+            list(served.server_stream(method)(b"", timeout=WAIT_S))
+        assert failure.value.code() is grpc.StatusCode.INTERNAL
 
 
 def test_an_unknown_method_is_named_with_what_there_is(serve: Serve) -> None:
@@ -801,6 +811,7 @@ def test_stopping_cancels_what_outlives_the_grace(serve: Serve, method: str) -> 
     assert pending.code() in GONE
     call.reply(b"")
     call.fail(grpc.StatusCode.ABORTED, "")
+    assert call.peer.startswith("ipv4:127.0.0.1:")
     hold.set()
 
 
@@ -830,6 +841,23 @@ def test_a_stopped_front_gives_its_port_back(kind: type[Front]) -> None:
             front.start()
         front.stop(WAIT_S)
         front.stop(WAIT_S)
+
+
+@pytest.mark.parametrize("which", ["queue", "public"])
+def test_a_process_that_forgets_to_stop_its_front_still_ends(which: str) -> None:
+    """Leaving without `stop`, with a call open, ends the process with its own exit status."""
+    program = f"""
+import grpc, threading
+from server.rpc.front import choose_front, unary
+begun = threading.Event()
+front = choose_front("{which}")({{"/t.S/Hold": unary(lambda call, request: begun.set())}})
+port = front.listen("127.0.0.1:0")
+front.start()
+pending = grpc.insecure_channel(f"127.0.0.1:{{port}}").unary_unary("/t.S/Hold").future(b"")
+assert begun.wait({WAIT_S})
+raise SystemExit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=WAIT_S, check=False).returncode == 7
 
 
 def test_a_taken_port_is_an_error(serve: Serve, kind: type[Front]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from server.errors import Conflict, Gone, NotFound, ServeError
-from server.sessions import Kept, Session, Sessions
+from server.sessions import Begun, Kept, Session, Sessions
 from tests.stories import check, stories
 
 FOLDER = Path(__file__).parent / "stories" / "sessions"
@@ -111,19 +111,21 @@ class AgainstTheModel(RuleBasedStateMachine):
 
     @rule(id=ids, turn=st.integers(-1, 12), text=st.sampled_from("xy"), acknowledged=st.integers(0, 6))
     def turn(self, id: str, turn: int, text: str, acknowledged: int) -> None:
+        refused: Conflict | None = None
+        begun = Begun()
         try:
             begun = self.sessions.begin(id, turn, text.encode(), text, acknowledged, self.now)
         except (NotFound, Gone):
             assert id not in self.applied
             return
         except Conflict as e:
+            refused = e
+        if refused is not None:
             session = self.sessions.find(id)
-            line = [p.work for p in session.line]
-            known = self.applied[id] + line
+            known = self.applied[id] + [p.work for p in session.line]
             fits = turn == len(known) + 1 or (session.kept.acknowledged < turn <= len(known) and known[turn - 1] == text)
-            assert not fits or acknowledged > len(self.applied[id]), e.message
-            assert e.facts["turn"] == str(len(self.applied[id]))
-            return
+            assert not fits or acknowledged > len(self.applied[id]), refused.message
+            assert refused.facts["turn"] == str(len(self.applied[id]))
         if begun.reply is not None:
             assert begun.reply == self._reply(id, turn)
 

@@ -62,6 +62,11 @@ class Answer:
             self.call.finish()
         self._end("OK")
 
+    def done_bytes(self, message: bytes) -> None:
+        """A unary call ends well with a message that is serialised already."""
+        self.call.reply(message)
+        self._end("OK")
+
     def fail(self, error: Exception) -> None:
         """The call ends with an error; what is no ServeError is a bug of ours, logged and told as INTERNAL."""
         if not isinstance(error, ServeError):
@@ -110,14 +115,17 @@ class Desk:
                 try:
                     message = request.FromString(data)
                 except DecodeError:
-                    name = request.DESCRIPTOR.full_name
-                    fault = f"the message is not a valid {name}: text must be UTF-8, fields as in its .proto"
-                    raise InvalidInput("NOT_PROTOBUF", fault) from None
+                    raise malformed(request) from None
                 handle(message, answer)
             except Exception as e:  # one caller's fault must not reach another's call
                 answer.fail(e)
 
         return start
+
+
+def malformed(request: type[Message]) -> InvalidInput:
+    name = request.DESCRIPTOR.full_name
+    return InvalidInput("NOT_PROTOBUF", f"the message is not a valid {name}: text must be UTF-8, fields as in its .proto")
 
 
 def details(error: ServeError) -> Metadata:

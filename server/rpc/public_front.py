@@ -74,6 +74,8 @@ class _Call:
         unary = self._kind == "unary"
         if trailing and not unary:
             raise TypeError(f"{self.method} is a stream: give trailing metadata to finish()")
+        if not isinstance(message, bytes):
+            raise TypeError(f"{self.method} replied with {type(message).__name__}; messages are bytes")
         with self._lock:
             if self._over:
                 return
@@ -285,7 +287,9 @@ class PublicFront:
         return self._server.add_secure_port(address, credentials)
 
     async def _drain(self) -> asyncio.Task[None]:
-        return asyncio.create_task(self._server.stop(_FOREVER))
+        stopping = asyncio.create_task(self._server.stop(_FOREVER))
+        await asyncio.sleep(0)  # it has told gRPC by now
+        return stopping
 
     async def _rest(self) -> None:
         """Wait for the coroutines of calls that `stop` cancelled."""

@@ -53,9 +53,7 @@ class Tasks:
                     return
                 reply = pb.ClassifyReply(model=_name(model), timing=_timing(together.sequences))
                 for c in together.results:
-                    best = int(np.argmax(c.probabilities))
-                    scores = [pb.LabelScore(label=n, score=p) for n, p in zip(task.labels, c.probabilities, strict=True)]
-                    reply.results.add(label=task.labels[best], score=c.probabilities[best], scores=scores, tokens=c.tokens)
+                    reply.results.append(write_classification(task.labels, c))
                 answer.done(reply)
 
             return classified
@@ -91,12 +89,12 @@ class Tasks:
 
     def forecast(self, request: pb.ForecastRequest, answer: Answer) -> None:
         model, task = self._model("forecast", request.model, Forecaster)
-        observations = _series(request.observations, task.channels)
+        observations = read_series(request.observations, task.channels)
 
         def then(sequence: Sequence, result: Forecasted) -> None:
-            reply = pb.ForecastReply(model=_name(model), channels=task.channels, mean=_write(result.mean), timing=_timing([sequence]))
+            reply = pb.ForecastReply(model=_name(model), channels=task.channels, mean=write_series(result.mean), timing=_timing([sequence]))
             for quantile, values in result.quantiles:
-                reply.quantiles.add(quantile=quantile, series=_write(values))
+                reply.quantiles.add(quantile=quantile, series=write_series(values))
             answer.done(reply)
 
         sequence = task.start(observations, request.horizon, request.quantiles, then, answer.fail, answer.deadline)
@@ -221,7 +219,13 @@ def _translation(model: Model, sequence: Sequence, result: Translated) -> pb.Tra
     )  # fmt: skip
 
 
-def _series(series: pb.Series, channels: tuple[str, ...]) -> Array:
+def write_classification(labels: tuple[str, ...], c: Classified) -> pb.Classification:
+    best = int(np.argmax(c.probabilities))
+    scores = [pb.LabelScore(label=n, score=p) for n, p in zip(labels, c.probabilities, strict=True)]
+    return pb.Classification(label=labels[best], score=c.probabilities[best], scores=scores, tokens=c.tokens)
+
+
+def read_series(series: pb.Series, channels: tuple[str, ...]) -> Array:
     """float32 [steps, channels]. Raises InvalidInput where the channels or the count of values don't fit."""
     if series.channels != len(channels):
         names = listed(channels)
@@ -236,7 +240,7 @@ def _series(series: pb.Series, channels: tuple[str, ...]) -> Array:
     return values.reshape(-1, len(channels))
 
 
-def _write(array: Array) -> pb.Series:
+def write_series(array: Array) -> pb.Series:
     return pb.Series(channels=array.shape[1], values=array.ravel().tolist())
 
 

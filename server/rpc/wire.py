@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,38 +52,45 @@ def read_inputs(request: pb.ModelInferRequest) -> dict[str, Array]:
     return arrays
 
 
+def read(name: str, kind: str, shape: Sequence[int], raw: bytes) -> Array:
+    """A raw tensor, without copying. Raises InvalidInput where bytes, shape and type disagree."""
+    dims, dtype, count = _form(name, kind, shape)
+    expected = count * dtype.itemsize
+    if len(raw) != expected:
+        message = f"input {name!r}: {kind} {dims} takes {expected} raw bytes, got {len(raw)}"
+        raise InvalidInput("WRONG_SIZE", message, tensor=name, expected=expected, got=len(raw))
+    return np.frombuffer(raw, dtype).reshape(dims)
+
+
 def _read(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> Array:
-    name, kind, dims = tensor.name, tensor.datatype, list(tensor.shape)
+    name, kind = tensor.name, tensor.datatype
+    if raw is not None:
+        if tensor.HasField("contents"):
+            raise InvalidInput("TWO_CONTENTS", f"input {name!r} has both raw and typed contents; send one of them", tensor=name)
+        return read(name, kind, tensor.shape, raw)
+    dims, dtype, count = _form(name, kind, tensor.shape)
+    if kind not in _TYPED:
+        raise InvalidInput("RAW_ONLY", f"input {name!r}: {kind} travels in raw_input_contents only", tensor=name)
+    values = getattr(tensor.contents, _TYPED[kind])
+    if len(values) != count:
+        message = f"input {name!r}: shape {dims} takes {count} values in {_TYPED[kind]}, got {len(values)}"
+        raise InvalidInput("WRONG_SIZE", message, tensor=name, expected=count, got=len(values))
+    try:
+        return np.array(values, dtype).reshape(dims)
+    except OverflowError:
+        raise InvalidInput("OUT_OF_RANGE", f"input {name!r}: a value does not fit {kind}", tensor=name, expected=kind) from None
+
+
+def _form(name: str, kind: str, shape: Sequence[int]) -> tuple[list[int], np.dtype[Any], int]:
+    """A tensor's lengths, numpy type and count of values."""
+    dims = list(shape)
     if kind not in DATATYPES:
         allowed = listed(DATATYPES)
         message = f"input {name!r}: datatype {kind!r}; allowed are {allowed}"
         raise InvalidInput("WRONG_DTYPE", message, tensor=name, expected=allowed, got=kind)
     if any(d < 0 for d in dims):
         raise InvalidInput("WRONG_SHAPE", f"input {name!r}: shape {dims} has a negative length", tensor=name, got=dims)
-    count = math.prod(dims)
-    dtype = _NUMPY[kind]
-    if raw is not None:
-        if tensor.HasField("contents"):
-            raise InvalidInput("TWO_CONTENTS", f"input {name!r} has both raw and typed contents; send one of them", tensor=name)
-        if len(raw) != count * dtype.itemsize:
-            expected = count * dtype.itemsize
-            raise InvalidInput(
-                "WRONG_SIZE", f"input {name!r}: {kind} {dims} takes {expected} raw bytes, got {len(raw)}", tensor=name, expected=expected,
-                got=len(raw),
-            )  # fmt: skip
-        return np.frombuffer(raw, dtype).reshape(dims)
-    if kind not in _TYPED:
-        raise InvalidInput("RAW_ONLY", f"input {name!r}: {kind} travels in raw_input_contents only", tensor=name)
-    values = getattr(tensor.contents, _TYPED[kind])
-    if len(values) != count:
-        raise InvalidInput(
-            "WRONG_SIZE", f"input {name!r}: shape {dims} takes {count} values in {_TYPED[kind]}, got {len(values)}", tensor=name,
-            expected=count, got=len(values),
-        )  # fmt: skip
-    try:
-        return np.array(values, dtype).reshape(dims)
-    except OverflowError:
-        raise InvalidInput("OUT_OF_RANGE", f"input {name!r}: a value does not fit {kind}", tensor=name, expected=kind) from None
+    return dims, _NUMPY[kind], math.prod(dims)
 
 
 def write_outputs(response: pb.ModelInferResponse, outputs: Iterable[tuple[Tensor, Array]]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from server.engine import Engine
 from server.errors import InvalidInput, ServeError, listed
-from server.inputs import Array, check
+from server.inputs import Array, Sizes, check
 from server.sequence import Outputs, Sequence
 
 
@@ -40,6 +40,15 @@ class Forecaster:
     ) -> Sequence:  # fmt: skip
         """Queue one series, float32 [steps, channels]; horizon 0 and no quantiles mean all the model gives. Raises
         InvalidInput where the model has no such horizon, quantile or number of channels."""
+        inputs, sizes, result = self.plan(observations, horizon, quantiles)
+        sequence = Sequence(self._engine.bundle.main, inputs, sizes, lambda s, outputs: then(s, result(outputs)), failed)
+        self._engine.submit(sequence, deadline)
+        return sequence
+
+    def plan(
+        self, observations: Array, horizon: int, quantiles: Listed[float]
+    ) -> tuple[dict[str, Array], Sizes, Callable[[Outputs], Forecasted]]:
+        """What to run, and what to make of it; raises as `start`."""
         steps = horizon or self.horizon
         if not 1 <= steps <= self.horizon:
             raise InvalidInput(
@@ -49,14 +58,12 @@ class Forecaster:
         inputs = {"observations": observations[None]}
         sizes = check(self._engine.bundle.graph, inputs, 1)
 
-        def answer(sequence: Sequence, outputs: Outputs) -> None:
+        def result(outputs: Outputs) -> Forecasted:
             values = outputs["quantiles"][0, :steps]
             chosen = tuple((self.quantiles[p], values[..., p]) for p in places)
-            then(sequence, Forecasted(outputs["mean"][0, :steps], chosen))
+            return Forecasted(outputs["mean"][0, :steps], chosen)
 
-        sequence = Sequence(self._engine.bundle.main, inputs, sizes, answer, failed)
-        self._engine.submit(sequence, deadline)
-        return sequence
+        return inputs, sizes, result
 
     def _place(self, quantile: float) -> int:
         distance = np.abs(np.array(self.quantiles) - quantile)

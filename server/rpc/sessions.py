@@ -1,0 +1,196 @@
+"""seqserve.v1.Sessions: state that stays between calls. Wire in, one call, wire out."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from contract.bundle import is_ragged
+from protos import seqserve_pb2 as tasks_pb
+from protos import sessions_pb2 as pb
+from server.catalog import Model
+from server.errors import InvalidInput, ModelFailed, ServeError
+from server.inputs import Sizes, check
+from server.rpc import wire
+from server.rpc.answer import Answer, Desk, malformed
+from server.rpc.front import Call, Method, Receiver, stream
+from server.rpc.tasks import read_series, write_classification, write_series
+from server.sequence import Outputs
+from server.sessions import Kept
+from server.tasks.classify import Classifier
+from server.tasks.forecast import Forecaster
+from server.turns import Plan, Told, Turns
+
+SERVICE = "seqserve.v1.Sessions"
+PAGE = 1000  # sessions that List gives at once
+
+
+class Sessions:
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    def methods(self, desk: Desk) -> Mapping[str, Method]:
+        return {
+            f"/{SERVICE}/Open": desk.unary(pb.OpenRequest, self.open),
+            f"/{SERVICE}/Turn": desk.unary(pb.TurnRequest, self.turn),
+            f"/{SERVICE}/Turns": stream(lambda call: _Stream(self._turns, call, Answer(desk, call, f"/{SERVICE}/Turns"))),
+            f"/{SERVICE}/Get": desk.unary(pb.SessionName, lambda r, answer: answer.done(_info(self._turns.get(r.session)))),
+            f"/{SERVICE}/List": desk.unary(pb.ListRequest, self.list),
+            f"/{SERVICE}/Fork": desk.unary(pb.ForkRequest, lambda r, answer: answer.done(_info(self._turns.fork(r.session, r.fork)))),
+            f"/{SERVICE}/Close": desk.unary(pb.SessionName, lambda r, answer: answer.done(_info(self._turns.close(r.session)))),
+        }
+
+    def open(self, request: pb.OpenRequest, answer: Answer) -> None:
+        answer.done(_info(self._turns.open(request.model.name, request.model.version, request.session, request.ttl)))
+
+    def turn(self, request: pb.TurnRequest, answer: Answer) -> None:
+        def told(reply: bytes | ServeError) -> None:
+            if isinstance(reply, ServeError):
+                answer.fail(reply)
+            else:
+                answer.done_bytes(reply)
+
+        _take(self._turns, request, told)
+
+    def list(self, request: pb.ListRequest, answer: Answer) -> None:
+        every = self._turns.all()
+        after = [kept for kept in every if kept.id > request.after] if request.after else every
+        answer.done(pb.ListReply(sessions=map(_info, after[: request.limit or PAGE]), total=len(every)))
+
+
+class _Stream(Receiver):
+    """One open stream of turns, of any number of sessions."""
+
+    def __init__(self, turns: Turns, call: Call, answer: Answer) -> None:
+        self._turns = turns
+        self._call = call
+        self._answer = answer
+        self._due = 0  # turns taken and not yet answered; the front's thread counts up, workers count down
+        self._lock = threading.Lock()
+        self._ended = False
+        answer.cancel_by(lambda: None)  # turns that were begun run on: their caller may come back for the replies
+
+    def on_message(self, message: bytes) -> None:
+        try:
+            request = pb.TurnsRequest.FromString(message)
+        except DecodeError:
+            self._answer.fail(malformed(pb.TurnsRequest))
+            return
+        with self._lock:
+            self._due += len(request.turns)
+        for turn in request.turns:
+            self._take(turn)
+
+    def on_end(self) -> None:
+        with self._lock:
+            self._ended = True
+            over = self._due == 0
+        if over:
+            self._answer.done()
+
+    def _take(self, turn: pb.TurnRequest) -> None:
+        def told(reply: bytes | ServeError) -> None:
+            if isinstance(reply, ServeError):
+                reply = pb.TurnReply(session=turn.session, turn=turn.turn, refusal=_refusal(reply)).SerializeToString()
+            self._call.reply(pb.TurnsReply(turns=[pb.TurnReply.FromString(reply)]).SerializeToString())
+            with self._lock:
+                self._due -= 1
+                over = self._ended and self._due == 0
+            if over:
+                self._answer.done()
+
+        try:
+            _take(self._turns, turn, told)
+        except ServeError as e:
+            told(e)
+        except Exception:
+            told(ModelFailed("INTERNAL", "the server failed while it took this turn; its log has the reason"))
+            raise
+
+
+def _take(turns: Turns, request: pb.TurnRequest, told: Told) -> None:
+    """Hand a turn over; what it brings is read when it is its time to run."""
+    kind = request.WhichOneof("input")
+    if kind is None:
+        raise InvalidInput(
+            "NO_INPUT", "the turn brings nothing; send tensors, observations or text", session=request.session, turn=request.turn
+        )
+    part = getattr(request, kind)
+    data = part.encode() if isinstance(part, str) else part.SerializeToString(deterministic=True)
+    digest = hashlib.blake2b(data, digest_size=16, person=kind.encode()).digest()
+
+    def brought(model: Model, rest: str) -> Plan:
+        if kind == "text":
+            return _text(model, request, rest)
+        if kind == "observations":
+            return _observations(model, request)
+        return _tensors(model, request)
+
+    turns.turn(request.session, request.turn, digest, brought, request.acknowledged, told)
+
+
+def _tensors(model: Model, request: pb.TurnRequest) -> Plan:
+    graph = model.bundle.graph
+    if any(is_ragged(a) for t in graph.inputs for a in t.axes):
+        raise InvalidInput("TASK_ONLY", f"model {model.name!r} can't be called by tensors", model=model.name)
+    inputs = {t.name: wire.read(t.name, t.datatype, t.shape, t.data) for t in request.tensors.tensors}
+    sizes = check(graph, inputs, 1)
+
+    def answer(outputs: Outputs) -> bytes:
+        reply = pb.TurnReply(session=request.session, turn=request.turn)
+        for t in graph.outputs:
+            array = outputs[t.name]
+            reply.tensors.tensors.add(name=t.name, datatype=wire.datatype(t), shape=array.shape, data=array.tobytes())
+        return reply.SerializeToString(deterministic=True)
+
+    return Plan(answer, inputs=(inputs, sizes))
+
+
+def _observations(model: Model, request: pb.TurnRequest) -> Plan:
+    task = model.task
+    if not isinstance(task, Forecaster):
+        raise InvalidInput("WRONG_TASK", f"model {model.name!r} can {model.bundle.kind}; it takes no observations", model=model.name)
+    inputs, sizes, result = task.plan(read_series(request.observations, task.channels), 0, ())
+
+    def answer(outputs: Outputs) -> bytes:
+        f = result(outputs)
+        forecast = tasks_pb.ForecastReply(channels=task.channels, mean=write_series(f.mean))
+        for quantile, values in f.quantiles:
+            forecast.quantiles.add(quantile=quantile, series=write_series(values))
+        return pb.TurnReply(session=request.session, turn=request.turn, forecast=forecast).SerializeToString(deterministic=True)
+
+    return Plan(answer, inputs=(inputs, sizes))
+
+
+def _text(model: Model, request: pb.TurnRequest, rest: str) -> Plan:
+    task = model.task
+    if not isinstance(task, Classifier):
+        raise InvalidInput("WRONG_TASK", f"model {model.name!r} can {model.bundle.kind}; it takes no pieces of text", model=model.name)
+    read = task.read(request.text, rest)
+    tokens = sum(len(ids) for ids in (read.words, read.glance) if ids is not None)
+
+    def answer(outputs: Outputs) -> bytes:
+        result = write_classification(task.labels, task.result(outputs, tokens))
+        return pb.TurnReply(session=request.session, turn=request.turn, classification=result).SerializeToString(deterministic=True)
+
+    parts = [({"tokens": ids[None]}, Sizes(1, len(ids))) if ids is not None else None for ids in (read.words, read.glance)]
+    return Plan(answer, read.rest, *parts)
+
+
+def _refusal(error: ServeError) -> pb.Refusal:
+    code = grpc.StatusCode[error.status].value[0]
+    return pb.Refusal(code=code, message=error.message, reason=error.reason, facts=error.facts, retry_after=error.retry_after or 0.0)
+
+
+def _info(kept: Kept) -> pb.SessionInfo:
+    return pb.SessionInfo(
+        session=kept.id, model=tasks_pb.Model(name=kept.model, version=kept.version), turn=kept.turn, acknowledged=kept.acknowledged,
+        ttl=kept.ttl, fingerprint=kept.fingerprint,
+    )  # fmt: skip
+
+
+__all__ = ["SERVICE", "Sessions"]

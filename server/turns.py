@@ -1,0 +1,245 @@
+"""Live sessions: `sessions.py` decides, the engine runs, this file joins them.
+
+A turn runs as one sequence from the session's state; turns sent ahead go on in the same sequence, one after another. A
+turn is applied, and answered, only once it ran; what fails changes nothing. A caller that leaves does not stop a turn
+that was begun: it may come back for the reply.
+
+One lock guards all sessions; it is held for decisions, never during a run. A session has at most one sequence under way.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from server.catalog import Catalog, Model
+from server.engine import Clock
+from server.errors import Conflict, Gone, InvalidInput, ModelFailed, ServeError
+from server.inputs import Array, Sizes
+from server.sequence import Outputs, Sequence
+from server.sessions import Kept, Pending, Session, Sessions
+from server.states import Rows
+
+log = logging.getLogger(__name__)
+
+ID_LENGTH = 128
+Told = Callable[[bytes | ServeError], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a session remembers: its row of state, and what of the input is not yet read (half a word)."""
+
+    rows: Rows | None = None
+    rest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one turn is run: `inputs` are read for good, `glance` only for this turn's answer."""
+
+    answer: Callable[[Outputs], bytes]
+    rest: str = ""
+    inputs: tuple[dict[str, Array], Sizes] | None = None
+    glance: tuple[dict[str, Array], Sizes] | None = None
+
+
+class Brought(Protocol):
+    """What a turn brings: it plans itself, given the model and what the session has not yet read. Raises InvalidInput."""
+
+    def __call__(self, model: Model, rest: str) -> Plan: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """The work of a pending turn."""
+
+    brought: Brought
+    told: Told
+    plan: Plan | None = None
+    after: Rows | None = None  # the state to keep, while the glance runs
+    sequence: Sequence | None = field(default=None)
+
+
+class Turns:
+    """All live sessions of a server."""
+
+    def __init__(self, catalog: Catalog, most: int, ttl: float, clock: Clock = time.monotonic) -> None:
+        self._catalog = catalog
+        self._ttl = ttl
+        self._clock = clock
+        self._sessions = Sessions(most)
+        self._wake = threading.Condition(threading.Lock())
+        self._stopping = False
+        self._expiry = threading.Thread(target=self._expire, name="session-expiry", daemon=True)
+
+    def start(self) -> None:
+        self._expiry.start()
+
+    def stop(self) -> None:
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        self._expiry.join()
+
+    def open(self, model: str, version: str, id: str = "", ttl: float = 0.0) -> Kept:
+        """A new session of a model. Raises NotFound, InvalidInput, Conflict or Overloaded."""
+        found = self._catalog.find(model, version)
+        if not found.bundle.graph.states:
+            raise InvalidInput("NO_STATE", f"model {found.name!r} keeps no state: call it without a session", model=found.name)
+        if found.bundle.kind == "translate":
+            raise InvalidInput("NO_TURNS", f"model {found.name!r} answers whole texts: call Translate or TranslateStream", model=found.name)
+        _check_id(id)
+        if not 0 <= ttl <= 1e9:
+            raise InvalidInput("BAD_TTL", f"ttl {ttl}; allowed are 0 (the default, {self._ttl:g} s) to 1e9 seconds", got=ttl)
+        kept = Kept(id or _new_id(), found.name, found.version, found.bundle.fingerprint, ttl or self._ttl, state=Memory())
+        with self._wake:
+            self._sessions.open(kept, self._clock())
+            self._wake.notify_all()
+        return kept
+
+    def turn(self, id: str, turn: int, digest: bytes, brought: Brought, acknowledged: int, told: Told) -> None:
+        """Take a turn; `told` is called once with its reply or why there is none, from this thread or a worker's."""
+        with self._wake:
+            begun = self._sessions.begin(id, turn, digest, _Turn(brought, told), acknowledged, self._clock())
+            session = self._sessions.find(id)
+        if begun.reply is not None:
+            told(begun.reply)
+        elif begun.run:
+            self._run(session)
+
+    def get(self, id: str) -> Kept:
+        with self._wake:
+            return self._sessions.find(id).kept
+
+    def all(self) -> list[Kept]:
+        with self._wake:
+            return sorted((s.kept for s in self._sessions.all()), key=lambda kept: kept.id)
+
+    def fork(self, id: str, new: str = "") -> Kept:
+        """Another session that goes on from the last applied turn of this one."""
+        _check_id(new)
+        with self._wake:
+            kept = self._sessions.fork(id, new or _new_id(), self._clock()).kept
+            self._wake.notify_all()
+            return kept
+
+    def close(self, id: str) -> Kept:
+        """End a session; turns under way are told that it is closed."""
+        with self._wake:
+            session = self._sessions.close(id)
+            dropped = self._sessions.abort(session)
+        if dropped:
+            sequence = dropped[0].work.sequence
+            if sequence is not None:
+                self._catalog.find(session.kept.model, session.kept.version).engine.cancel(sequence)
+            turn = session.kept.turn
+            self._tell(
+                dropped, Gone("SESSION_CLOSED", f"session {id!r} was closed after turn {turn}; open a new one", session=id, turn=turn)
+            )
+        return session.kept
+
+    def _run(self, session: Session) -> None:
+        """Start the first turn in line, from the session's state."""
+        first = session.line[0]
+        try:
+            model = self._catalog.find(session.kept.model, session.kept.version)
+            inputs, sizes = self._plan(model, session, first)
+            sequence = Sequence(
+                model.bundle.main, inputs, sizes, lambda s, o: self._ran(model, session, s, o), lambda e: self._failed(session, e),
+                session.kept.state.rows,
+            )  # fmt: skip
+            first.work.sequence = sequence
+            model.engine.submit(sequence)
+        except ServeError as e:
+            self._failed(session, e)
+        except Exception as e:  # a task's bug must end this turn, not leave the session waiting for it
+            log.exception("session %s: a turn could not be run", session.kept.id)
+            self._failed(session, ModelFailed("TURN_FAILED", f"the turn could not be run: {e}"))
+
+    def _plan(self, model: Model, session: Session, pending: Pending) -> tuple[dict[str, Array], Sizes]:
+        work: _Turn = pending.work
+        plan = work.plan = work.brought(model, session.kept.state.rest)
+        part = plan.inputs or plan.glance
+        assert part is not None, "a plan runs something"
+        return part
+
+    def _ran(self, model: Model, session: Session, sequence: Sequence, outputs: Outputs) -> None:
+        """The turn's steps ran: glance ahead if it needs to, else apply it, answer, and go on with the next in line."""
+        first = session.line[0] if session.line else None
+        if first is None:
+            return  # closed meanwhile
+        work: _Turn = first.work
+        plan = work.plan
+        assert plan is not None
+        if plan.inputs is not None and plan.glance is not None and work.after is None:
+            work.after = sequence.state
+            sequence.go_on(model.bundle.main, *plan.glance, sequence.state)
+            return
+        rows = session.kept.state.rows
+        if plan.inputs is not None:
+            rows = work.after or sequence.state
+            assert rows is not None
+            rows = rows.own(model.bundle.graph)  # a view would keep the whole round's bank for one idle session
+        reply = plan.answer(outputs)
+        with self._wake:
+            if not session.line:
+                return
+            done = self._sessions.commit(session, [reply], Memory(rows, plan.rest), self._clock())
+            following = session.line[0] if session.line else None
+        self._tell(done, reply)
+        if following is None:
+            return
+        try:
+            inputs, sizes = self._plan(model, session, following)
+        except ServeError as e:
+            self._failed(session, e)
+            return
+        following.work.sequence = sequence
+        sequence.go_on(model.bundle.main, inputs, sizes, rows)
+
+    def _failed(self, session: Session, error: ServeError) -> None:
+        """The first turn in line could not be run: it is told why, those behind it that they come too early now."""
+        with self._wake:
+            dropped = self._sessions.abort(session)
+        if not dropped:
+            return
+        id, turn = session.kept.id, session.kept.turn
+        error.facts.update(session=id, turn=str(turn))
+        self._tell(dropped[:1], error)
+        message = f"session {id!r}: turn {turn + 1} before this one failed; send it again first; last applied is turn {turn}"
+        self._tell(dropped[1:], Conflict("GAP", message, session=id, turn=turn))
+
+    def _tell(self, turns: list[Pending], reply: bytes | ServeError) -> None:
+        for pending in turns:
+            for work in (pending.work, *pending.again):
+                try:
+                    work.told(reply)
+                except Exception:  # one caller's broken stream must not keep others from their replies
+                    log.exception("a reply could not be delivered")
+
+    def _expire(self) -> None:
+        with self._wake:
+            while not self._stopping:
+                now = self._clock()
+                for session in self._sessions.expired(now):
+                    log.info("session %s expired after turn %d", session.kept.id, session.kept.turn)
+                at = self._sessions.wake_at()
+                self._wake.wait(None if at is None else max(0.0, at - now))
+
+
+def _new_id() -> str:
+    return secrets.token_urlsafe(12)
+
+
+def _check_id(id: str) -> None:
+    if len(id) > ID_LENGTH or not id.isprintable():
+        raise InvalidInput("BAD_ID", f"a session's id has at most {ID_LENGTH} printable characters", expected=ID_LENGTH, got=len(id))
+
+
+__all__ = ["Brought", "Memory", "Plan", "Turns"]

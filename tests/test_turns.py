@@ -1,0 +1,253 @@
+"""Live sessions over a real port: cut anywhere, interleaved with anything, retried at any moment, the answers are those of
+one whole run alone."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from contract import bundle as contract
+from protos import seqserve_pb2 as tasks_pb
+from protos import sessions_pb2 as pb
+from server.graph import OnnxGraph
+from tests import models
+from tests.process import Served, reason, serve
+
+SERVICE = "/seqserve.v1.Sessions"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    models.library(root)
+    return root
+
+
+@pytest.fixture(scope="module", params=["queue", "public"])
+def served(request: pytest.FixtureRequest, library: Path) -> Iterator[Served]:
+    with serve(library, "--front", request.param, "--chunk", "5", "--max-sessions", "200") as server:
+        yield server
+
+
+class Calls:
+    """Plain calls to the Sessions service."""
+
+    def __init__(self, server: Served) -> None:
+        self.open = server.method(f"{SERVICE}/Open", pb.SessionInfo)
+        self.turn = server.method(f"{SERVICE}/Turn")
+        self.get = server.method(f"{SERVICE}/Get", pb.SessionInfo)
+        self.list = server.method(f"{SERVICE}/List", pb.ListReply)
+        self.fork = server.method(f"{SERVICE}/Fork", pb.SessionInfo)
+        self.close = server.method(f"{SERVICE}/Close", pb.SessionInfo)
+        self.turns = server.channel.stream_stream(f"{SERVICE}/Turns", pb.TurnsRequest.SerializeToString, pb.TurnsReply.FromString)
+
+    def new(self, model: str = "reader", **fields: Any) -> str:
+        return str(self.open(pb.OpenRequest(model=tasks_pb.Model(name=model), **fields)).session)
+
+
+def turn(session: str, number: int, tokens: Any, acknowledged: int = 0) -> pb.TurnRequest:
+    array = np.asarray(tokens, np.int64).reshape(1, -1)
+    tensor = pb.Tensor(name="tokens", datatype="INT64", shape=array.shape, data=array.tobytes())
+    return pb.TurnRequest(session=session, turn=number, acknowledged=acknowledged, tensors=pb.Tensors(tensors=[tensor]))
+
+
+def scores(reply: pb.TurnReply) -> bytes:
+    return bytes(next(t.data for t in reply.tensors.tensors if t.name == "scores"))
+
+
+def cut(rng: random.Random, tokens: np.ndarray) -> list[np.ndarray]:
+    """A sequence in pieces, anywhere."""
+    pieces, at = [], 0
+    while at < len(tokens):
+        size = rng.randint(1, 9)
+        pieces.append(tokens[at : at + size])
+        at += size
+    return pieces
+
+
+@pytest.fixture(scope="module")
+def whole(library: Path) -> Any:
+    """The scores of all steps of a sequence, run whole and alone."""
+    bundle = contract.load(library / "reader" / "1")
+    onnx = OnnxGraph(bundle.graph, library / "reader" / "1" / "step.onnx")
+    return lambda tokens: onnx.run({"tokens": tokens[None], **{s.input: s.fresh(1) for s in bundle.graph.states}})[0].tobytes()
+
+
+def test_unary_turns_make_the_whole(served: Served, whole: Any) -> None:
+    """40 sessions at once, each cut in its own pieces, unary; half of all turns sent twice: every piece of every answer is
+    that of the uncut sequence, bit for bit, and the second reply is the first."""
+    calls = Calls(served)
+
+    def live(seed: int) -> bool:
+        rng = random.Random(seed)
+        tokens = np.array([rng.randrange(models.VOCABULARY) for _ in range(rng.randint(5, 80))])
+        session = calls.new()
+        read = b""
+        for number, piece in enumerate(cut(rng, tokens), 1):
+            request = turn(session, number, piece, acknowledged=max(0, number - 2))
+            reply = calls.turn(request)
+            if rng.random() < 0.5:
+                assert calls.turn(request) == reply
+            read += scores(pb.TurnReply.FromString(reply))
+        calls.close(pb.SessionName(session=session))
+        return read == whole(tokens)
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(live, range(40)))
+
+
+def test_one_stream_carries_many_sessions(served: Served, whole: Any) -> None:
+    """30 sessions over one stream, several turns a message, sent ahead without waiting, some twice: replies of each session
+    come in order and make the whole."""
+    calls, rng = Calls(served), random.Random(1)
+    texts = {calls.new(): np.array([rng.randrange(models.VOCABULARY) for _ in range(rng.randint(5, 60))]) for _ in range(30)}
+    waiting = {s: [turn(s, n, piece) for n, piece in enumerate(cut(rng, tokens), 1)] for s, tokens in texts.items()}
+    sent: list[pb.TurnsRequest] = []
+    while waiting:
+        message = pb.TurnsRequest()
+        for s in rng.sample(sorted(waiting), min(len(waiting), rng.randint(1, 6))):
+            request = waiting[s].pop(0)
+            message.turns.append(request)
+            if rng.random() < 0.2:
+                message.turns.append(request)
+            if not waiting[s]:
+                del waiting[s]
+        sent.append(message)
+    replies: dict[str, dict[int, list[bytes]]] = {s: {} for s in texts}
+    for message in calls.turns(iter(sent)):
+        for reply in message.turns:
+            assert not reply.HasField("refusal"), reply.refusal
+            replies[reply.session].setdefault(reply.turn, []).append(reply.SerializeToString())
+    assert sum(len(m.turns) for m in sent) == sum(len(r) for by_turn in replies.values() for r in by_turn.values())
+    for s, tokens in texts.items():
+        assert list(replies[s]) == sorted(replies[s])
+        assert all(len(set(same)) == 1 for same in replies[s].values())
+        assert b"".join(scores(pb.TurnReply.FromString(same[0])) for same in replies[s].values()) == whole(tokens)
+        calls.close(pb.SessionName(session=s))
+
+
+def test_a_fork_goes_its_own_way(served: Served, whole: Any) -> None:
+    """A fork continues from the same state; what either reads then, the other does not see."""
+    calls = Calls(served)
+    a = calls.new()
+    first = scores(pb.TurnReply.FromString(calls.turn(turn(a, 1, [1, 2, 3]))))
+    b = calls.fork(pb.ForkRequest(session=a)).session
+    assert calls.get(pb.SessionName(session=b)).turn == 1
+    in_b = scores(pb.TurnReply.FromString(calls.turn(turn(b, 2, [7, 7]))))
+    in_a = scores(pb.TurnReply.FromString(calls.turn(turn(a, 2, [4, 5]))))
+    assert first + in_a == whole(np.array([1, 2, 3, 4, 5]))
+    assert first + in_b == whole(np.array([1, 2, 3, 7, 7]))
+
+
+def refused(call: Any, request: Any) -> tuple[str, str, dict[str, str]]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call(request)
+    code, why, facts, _ = reason(caught.value)
+    return code.name, why, facts
+
+
+def test_refusals(served: Served, whole: Any) -> None:
+    """Every refusal has its reason and the last applied turn, and costs the session nothing."""
+    calls = Calls(served)
+    a = calls.new(session="my own id", ttl=60)
+    assert a == "my own id"
+    assert refused(calls.turn, turn("nobody", 1, [1]))[:2] == ("NOT_FOUND", "UNKNOWN_SESSION")
+    assert refused(calls.turn, turn(a, 2, [1])) == ("FAILED_PRECONDITION", "GAP", {"session": a, "turn": "0"})
+    first = scores(pb.TurnReply.FromString(calls.turn(turn(a, 1, [1, 2]))))
+    assert refused(calls.turn, turn(a, 1, [3]))[1:] == ("OTHER_INPUT", {"session": a, "turn": "1"})
+    assert refused(calls.turn, turn(a, 2, [1], acknowledged=2))[1] == "ACKNOWLEDGED_AHEAD"
+    code, why, facts = refused(calls.turn, turn(a, 2, [99]))
+    assert (code, why, facts["turn"], facts["tensor"]) == ("INVALID_ARGUMENT", "OUT_OF_RANGE", "1", "tokens")
+    assert refused(calls.turn, turn(a, 2, []))[1] == "EMPTY_SEQUENCE"
+    assert refused(calls.turn, pb.TurnRequest(session=a, turn=2))[1] == "NO_INPUT"
+    assert refused(calls.turn, pb.TurnRequest(session=a, turn=2, text="hi"))[1] == "WRONG_TASK"
+    assert refused(calls.turn, pb.TurnRequest(session=a, turn=2, observations=tasks_pb.Series(channels=1, values=[1])))[1] == "WRONG_TASK"
+    assert refused(calls.open, pb.OpenRequest(session=a, model=tasks_pb.Model(name="reader")))[1] == "SESSION_EXISTS"
+    assert refused(calls.open, pb.OpenRequest(model=tasks_pb.Model(name="nope")))[1] == "UNKNOWN_MODEL"
+    assert refused(calls.open, pb.OpenRequest(model=tasks_pb.Model(name="both_ways")))[1] == "NO_STATE"
+    assert refused(calls.open, pb.OpenRequest(model=tasks_pb.Model(name="reader"), ttl=-1))[1] == "BAD_TTL"
+    assert refused(calls.open, pb.OpenRequest(model=tasks_pb.Model(name="reader"), session="x" * 129))[1] == "BAD_ID"
+    second = scores(pb.TurnReply.FromString(calls.turn(turn(a, 2, [5], acknowledged=1))))
+    assert first + second == whole(np.array([1, 2, 5]))
+    assert refused(calls.turn, turn(a, 1, [1, 2]))[1] == "ACKNOWLEDGED"
+    info = calls.get(pb.SessionName(session=a))
+    assert (info.turn, info.acknowledged, info.ttl, info.model.name) == (2, 1, 60, "reader")
+    assert a in [s.session for s in calls.list(pb.ListRequest()).sessions]
+    calls.close(pb.SessionName(session=a))
+    assert refused(calls.turn, turn(a, 3, [1])) == ("FAILED_PRECONDITION", "SESSION_CLOSED", {"session": a, "turn": "2"})
+
+
+def test_a_refusal_in_a_stream_ends_only_its_turn(served: Served, whole: Any) -> None:
+    """Bad turns among good ones get refusals in the stream; the good ones are answered, and the stream lives on."""
+    calls = Calls(served)
+    a = calls.new()
+    requests = [turn(a, 1, [1, 2]), turn(a, 5, [1]), turn("nobody", 1, [1]), turn(a, 2, [99]), turn(a, 2, [3, 4])]
+    go_on = [threading.Event() for _ in requests]
+
+    def ask() -> Iterator[pb.TurnsRequest]:
+        for event, request in zip(go_on, requests, strict=True):
+            yield pb.TurnsRequest(turns=[request])
+            assert event.wait(30)
+
+    got = []
+    for event, message in zip(go_on, calls.turns(ask()), strict=True):
+        got.append(message.turns[0])
+        event.set()
+    assert [r.refusal.reason for r in got] == ["", "GAP", "UNKNOWN_SESSION", "OUT_OF_RANGE", ""]
+    assert got[1].refusal.facts["turn"] == "1"
+    assert scores(got[0]) + scores(got[4]) == whole(np.array([1, 2, 3, 4]))
+
+
+def test_a_broken_stream_loses_nothing(served: Served, whole: Any) -> None:
+    """A caller whose stream breaks sends again whatever it has no reply to, and the session is as if nothing had happened."""
+    calls, rng = Calls(served), random.Random(7)
+    tokens = np.array([rng.randrange(models.VOCABULARY) for _ in range(120)])
+    a = calls.new()
+    requests = [turn(a, n, piece) for n, piece in enumerate(cut(rng, tokens), 1)]
+    read: dict[int, bytes] = {}
+    tries = 0
+    while len(read) < len(requests):
+        tries += 1
+        missing = [r for r in requests if r.turn not in read]
+        stream = calls.turns(pb.TurnsRequest(turns=[r]) for r in missing)
+        for message in stream:
+            for reply in message.turns:
+                assert not reply.HasField("refusal"), reply.refusal
+                read[reply.turn] = scores(reply)
+            if len(read) < len(requests) and rng.random() < 0.3:
+                stream.cancel()
+                break
+    assert tries > 2
+    assert b"".join(read[n] for n in sorted(read)) == whole(tokens)
+
+
+def test_expiry(library: Path) -> None:
+    """A session lives for its ttl after its last turn; then turns are told that it expired, and after which turn."""
+    with serve(library) as server:
+        calls = Calls(server)
+        a = calls.new(ttl=1.0)
+        calls.turn(turn(a, 1, [1]))
+        kept = calls.new()
+        for _ in range(100_000):  # each look is a real call; they end when the ttl has passed
+            if calls.list(pb.ListRequest()).total == 1:
+                break
+        assert refused(calls.turn, turn(a, 2, [1])) == ("FAILED_PRECONDITION", "SESSION_EXPIRED", {"session": a, "turn": "1"})
+        assert calls.get(pb.SessionName(session=kept)).turn == 0
+
+
+def test_the_quota(library: Path) -> None:
+    """One session too many is refused with a time to come back; closing one makes room."""
+    with serve(library, "--max-sessions", "2") as server:
+        calls = Calls(server)
+        a, _ = calls.new(), calls.new()
+        assert refused(calls.open, pb.OpenRequest(model=tasks_pb.Model(name="reader")))[:2] == ("RESOURCE_EXHAUSTED", "SESSION_QUOTA")
+        calls.close(pb.SessionName(session=a))
+        assert calls.new()

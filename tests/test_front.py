@@ -830,6 +830,30 @@ def test_a_storm_of_calls_across_a_drain_ends_well(serve: Serve) -> None:
     assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
+def test_stopping_in_the_middle_of_answers_harms_nobody(serve: Serve, engine: ThreadPoolExecutor) -> None:
+    """While four threads answer unary calls and streams the front stops without grace: every caller gets some end."""
+    begun = Latch(300)
+
+    class Chatty(Echo):
+        def on_message(self, message: bytes) -> None:
+            engine.submit(lambda: [self.call.reply(message) for _ in range(20)])
+
+    def answer(call: Call, request: bytes) -> None:
+        begun.down()
+        engine.submit(call.reply, request)
+
+    served = serve({"/t.S/Unary": unary(answer), "/t.S/Stream": stream(Chatty)})
+    hold, pending = threading.Event(), []
+    for i in range(1_000):
+        pending.append(begin(served.channel, "/t.S/Stream" if i % 10 == 0 else "/t.S/Unary", hold, timeout=WAIT_S))
+        if i == 500:
+            assert begun.wait()
+            stopped = engine.submit(served.front.stop, 0)
+    stopped.result(WAIT_S)
+    hold.set()
+    assert {call.code() for call in pending} <= {grpc.StatusCode.OK, *GONE}
+
+
 def test_a_stopped_front_gives_its_port_back(kind: type[Front]) -> None:
     """Stopped twice, or never started: in each case another server can take the port."""
     port = 0

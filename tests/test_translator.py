@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from contract.search import Hypothesis, Search
+from contract.text import Vocabulary
 from training import search
 from training.repeated import Repeated, smoothed_cross_entropy
 from training.translator import (
@@ -97,7 +99,7 @@ def test_cross_entropy_in_parts_is_cross_entropy(smoothing: float) -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def translated(model: Translator, rows: list[Tensor], beam: int, together: int) -> list[search.Hypothesis]:
+def translated(model: Translator, rows: list[Tensor], beam: int, together: int) -> list[Hypothesis]:
     encode, step = as_functions(model)
     return search.translate(
         encode, step, [r.numpy() for r in rows], start=START_ID, end=END_ID, beam=beam, length_penalty=1.0,
@@ -117,7 +119,8 @@ def test_beam_one_is_greedy(model: Translator) -> None:
     (row,) = sources([6], seed=2)
     encode, step = as_functions(model)
     memory, h, c = encode(row.numpy()[None])
-    token, feed, tokens = np.array([[START_ID]]), np.zeros((1, DIMS.embedding), np.float32), []
+    token, feed = np.array([[START_ID]]), np.zeros((1, DIMS.embedding), np.float32)
+    tokens: list[int] = []
     while len(tokens) < 12:
         _, ids, _, h, c, feed = step(token, memory[0], np.zeros(len(row), np.int64), h, c, feed)
         if ids[0, 0] == END_ID:
@@ -141,7 +144,7 @@ def test_a_wide_enough_beam_finds_the_best(seed: int, limit: int) -> None:
             table[tokens] = np.log(rng.dirichlet(np.ones(size)) + 1e-9).astype(np.float32)
         return table[tokens]
 
-    found = search.Search(end, size ** (limit + 1), 0.0, limit)
+    found = Search(end, size ** (limit + 1), 0.0, limit)
     while not found.done:
         rows = [log_probs(h.tokens) for h in found.live]
         order = [np.argsort(-r, kind="stable") for r in rows]
@@ -159,11 +162,9 @@ def test_a_wide_enough_beam_finds_the_best(seed: int, limit: int) -> None:
 def test_text_comes_back() -> None:
     """Decoding the pieces of a text gives the text, whatever its punctuation."""
     lines = ["Ein Mann (mit Hut) sagt: „Guten Tag!“", "A man's well-dressed dog, running; 3 of 4.", "Zwölf Boxkämpfer"]
-    from contract.text import Vocabulary
-
     vocabulary = Vocabulary(make_vocabulary(lines, 120))
-    assert [vocabulary.decode(vocabulary.encode(line)) for line in lines] == lines
-    assert vocabulary.decode(vocabulary.encode("  Ein  Mann ")) == "Ein Mann"
+    assert [vocabulary.decode(vocabulary.encode(line).tolist()) for line in lines] == lines
+    assert vocabulary.decode(vocabulary.encode("  Ein  Mann ").tolist()) == "Ein Mann"
 
 
 def test_every_sentence_is_in_one_batch_of_an_epoch() -> None:

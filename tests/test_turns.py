@@ -19,7 +19,7 @@ from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server.graph import OnnxGraph
 from tests import models
-from tests.process import Served, reason, serve
+from tests.process import ROOT, Served, reason, serve
 
 SERVICE = "/seqserve.v1.Sessions"
 
@@ -251,3 +251,45 @@ def test_the_quota(library: Path) -> None:
         assert refused(calls.open, pb.OpenRequest(model=tasks_pb.Model(name="reader")))[:2] == ("RESOURCE_EXHAUSTED", "SESSION_QUOTA")
         calls.close(pb.SessionName(session=a))
         assert calls.new()
+
+
+REVIEW = (
+    "I didn't expect much.<br /><br />But what a film! The actors (all of them, really) are superb; the ending isn't < the rest, "
+    "it's  better... 10/10,\nwould watch again & again.<br/>Don't miss it"
+)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Iterator[Served]:
+    with serve(ROOT / "models") as server:
+        yield server
+
+
+def test_a_text_in_pieces_is_the_text(shipped: Served) -> None:
+    """However a review is cut, in words, in tags, in spaces, the score after the last piece is that of the whole review, bit
+    for bit; and so it is after every piece, of all that was sent so far."""
+    calls = Calls(shipped)
+    classify = shipped.method("/seqserve.v1.Tasks/Classify", tasks_pb.ClassifyReply)
+    known: dict[str, list[float]] = {}
+
+    def alone(text: str) -> list[float]:
+        if text not in known:
+            known[text] = [s.score for s in classify(tasks_pb.ClassifyRequest(texts=[text])).results[0].scores]
+        return known[text]
+
+    def live(seed: int) -> None:
+        rng = random.Random(seed)
+        session, so_far, number = calls.new("sentiment"), "", 0
+        while so_far != REVIEW:
+            size = rng.randint(1, 30)
+            while not REVIEW[len(so_far) : len(so_far) + size].strip():
+                size += 1  # a piece of nothing but spaces is refused where it ends no word
+            piece = REVIEW[len(so_far) : len(so_far) + size]
+            reply = pb.TurnReply.FromString(calls.turn(pb.TurnRequest(session=session, turn=number + 1, text=piece)))
+            number += 1
+            so_far += piece
+            assert [s.score for s in reply.classification.scores] == alone(so_far), so_far
+        calls.close(pb.SessionName(session=session))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(live, range(30)))

@@ -165,7 +165,7 @@ class Forecaster(nn.Module):
         fresh = (seen == 0).unsqueeze(2)  # [batch, 1, 1]
         before = torch.where(fresh, values[:, :1], window)
         window = torch.cat([before, values], dim=1)[:, -self.dims.lookback :]
-        output, h, c = self.follow(self.standardise(before), self.standardise(values), h, c)
+        _, h, c = self.follow(self.standardise(before), self.standardise(values), h, c)
         # the newest output, read from h: a slice of the whole output would cost a copy of it
         state = h.reshape(values.shape[0], self.dims.channels, self.dims.hidden)
         found = self.forecast(state, self.standardise(window).transpose(1, 2))

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from contract.bundle import Graph, State
 from contract.bundle import Tensor as Described
+from contract.search import Hypothesis
 from contract.text import END, PAD, START, UNKNOWN, Vocabulary
 from training import checkpoint, search
 from training.attention import Attention
@@ -126,8 +127,8 @@ class Translator(nn.Module):
         absent = torch.arange(source.shape[1], device=source.device) >= lengths.unsqueeze(1)
         e = self.dims.embedding
         words = self.vary(self.embed(target))
-        w, u = self.lstm.weight_ih_l0, self.lstm.weight_hh_l0
-        given = functional.linear(words, w[:, :e], self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0)  # [batch, steps, 4H]
+        w, u, *biases = self.lstm.all_weights[0]
+        given = functional.linear(words, w[:, :e], biases[0] + biases[1])  # [batch, steps, 4H]
         kind = given.dtype  # bfloat16 under autocast
         recur = Repeated(torch.cat([w[:, e:], u], dim=1).to(kind))  # [4H, embedding + H]
         combine = Repeated(self.combine.weight.to(kind))
@@ -255,9 +256,7 @@ def make_vocabulary(lines: Sequence[str], size: int) -> Tokenizer:
     """Byte-pair pieces of cased raw text, joint over languages, whose decoding is the text again (in Unicode's NFC, runs
     of spaces made one). Punctuation is always a piece of its own."""
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation("isolated")]
     )
@@ -408,11 +407,11 @@ class TranslatorTraining(Training):
         draw_attention(self.out / "attention.png", self.vocabulary, self.validation_pairs.sources[:3], found[:3])
         return {"bleu": self.bleu(found)}
 
-    def bleu(self, found: Sequence[search.Hypothesis]) -> float:
+    def bleu(self, found: Sequence[Hypothesis]) -> float:
         texts = [self.vocabulary.decode(h.tokens) for h in found]
         return float(sacrebleu.corpus_bleu(texts, [self.references]).score)
 
-    def translate(self, model: nn.Module, beam: int, length_penalty: float) -> list[search.Hypothesis]:
+    def translate(self, model: nn.Module, beam: int, length_penalty: float) -> list[Hypothesis]:
         """The validation sentences through the parts that are exported, in full precision."""
         assert isinstance(model, Translator)
         sources = [np.array([*s, END_ID], np.int64) for s in self.validation_pairs.sources]
@@ -451,9 +450,7 @@ def as_functions(model: Translator) -> tuple[search.Encode, search.Step]:
     return lambda *arrays: call("encode", arrays), lambda *arrays: call("step", arrays)
 
 
-def draw_attention(
-    file: Path, vocabulary: Vocabulary, sources: Sequence[Sequence[int]], found: Sequence[search.Hypothesis]
-) -> None:
+def draw_attention(file: Path, vocabulary: Vocabulary, sources: Sequence[Sequence[int]], found: Sequence[Hypothesis]) -> None:
     """A heat map per sentence: which source pieces each output piece looked at."""
     from matplotlib import pyplot
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -41,7 +41,7 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "classify": Kind(Classifier, (("", ("tokens",), ("probabilities",)),)),
-    "forecast": Kind(Forecaster, (("", ("observations",), ("mean", "quantiles")),)),
+    "forecast": Kind(Forecaster, (("", (), ("mean", "quantiles")),)),
     "translate": Kind(Translator, (("encode", ("tokens",), ("memory",)), ("", ("tokens", "memory"), ("log_probs", "ids", "attention")))),
 }
 

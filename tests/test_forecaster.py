@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from contract.bundle import Bundle, validate
-from training.forecaster import QUANTILES, Dims, Forecaster, calibrate, describe, pinball, waves
+from training.forecaster import QUANTILES, Dims, Forecaster, calibrate, describe, pinball
+from training.windows import waves
 
 DIMS = Dims(channels=3, lookback=48, horizon=6, hidden=8, dropout=0.0)
 

@@ -170,7 +170,7 @@ def test_forecasts_are_those_of_a_bare_run(served: Served) -> None:
     with ThreadPoolExecutor(7) as pool:
         replies = list(pool.map(lambda values: forecast(forecast_request(values)), series))
     for values, reply in zip(series, replies, strict=True):
-        expected = forecaster.whole(observations=values[None])
+        expected = forecaster.whole(**{forecaster.bundle.graph.data[0].name: values[None]})
         assert list(reply.mean.values) == expected["mean"].ravel().tolist()
         for i, q in enumerate(reply.quantiles):
             assert q.quantile == pytest.approx(quantiles[i])
@@ -195,7 +195,9 @@ BAD: list[tuple[str, str, Any, str, str]] = [
     ("no texts", "Classify", C(), "BAD_COUNT", "allowed are 1 to 256"),
     ("too many texts", "Classify", C(texts=["a"] * 257), "BAD_COUNT", "allowed are 1 to 256"),
     ("an empty text", "Classify", C(texts=["fine", " \n "]), "EMPTY_TEXT", "send at least one"),
-    ("a long text", "Classify", C(texts=["so " * 70_000]), "TOO_LONG", "tokens; at most"),
+    ("a long text", "Classify", C(texts=["so " * 33_000]), "TOO_LONG", "tokens; at most"),
+    ("a longer text", "Classify", C(texts=["so " * 70_000]), "TOO_LONG", "210000 letters; at most 100000"),
+    ("long texts", "Classify", C(texts=["so " * 30_000] * 6), "TOO_LONG", "540000 letters in all; at most 500000"),
     ("unknown model", "Classify", C(model=named("no"), texts=["a"]), "UNKNOWN_MODEL", "there are: forecaster, sentiment, translator"),
     ("unknown version", "Classify", C(model=named("sentiment", "99"), texts=["a"]), "UNKNOWN_VERSION", "it has: 1"),
     ("another task's model", "Classify", C(model=named("translator"), texts=["a"]), "WRONG_TASK", "can translate, not classify"),

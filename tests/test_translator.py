@@ -14,21 +14,9 @@ from torch.nn import functional
 from contract.search import Hypothesis, Search
 from contract.text import Vocabulary
 from training import search
+from training.pairs import END_ID, START_ID, ByLength, Pairs, make_vocabulary, reversed_words
 from training.repeated import Repeated, smoothed_cross_entropy
-from training.translator import (
-    END_ID,
-    START_ID,
-    ByLength,
-    Dims,
-    Encode,
-    Pairs,
-    Step,
-    Translator,
-    as_functions,
-    describe,
-    make_vocabulary,
-    reversed_words,
-)
+from training.translator import Dims, Encode, Step, Translator, as_functions, describe
 
 DIMS = Dims(vocabulary=40, embedding=12, encoder=8, decoder=16, dropout=0.0)
 

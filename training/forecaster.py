@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from contract.bundle import Graph, State
 from contract.bundle import Tensor as Described
@@ -30,8 +30,8 @@ from training.data import ett
 from training.layers import remember
 from training.loop import Training
 from training.tasks import About
+from training.windows import DAY, AtRandom, Windows, waves
 
-DAY = 24  # steps back that the daily features look; shorter than any look-back
 QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MIDDLE = QUANTILES.index(0.5)
 FEATURES = 4
@@ -255,36 +255,6 @@ class Model:
     dropout: float = 0.3
 
 
-class Windows(Dataset[Tensor]):
-    """Stretches of a standardised series, each named by its first row."""
-
-    def __init__(self, values: Tensor, length: int) -> None:
-        self.values, self.length = values, length
-
-    def __len__(self) -> int:
-        return len(self.values) - self.length + 1
-
-    def __getitem__(self, first: int) -> Tensor:
-        return self.values[first : first + self.length]
-
-
-class AtRandom(Sampler[int]):
-    """`count` rows to begin at, other ones each epoch; `set_epoch` is called by Lightning."""
-
-    def __init__(self, among: int, count: int, seed: int) -> None:
-        self.among, self.count, self.seed, self.epoch = among, count, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1000 + self.epoch)
-        yield from torch.randint(self.among, (self.count,), generator=generator).tolist()
-
-
 def pinball(quantiles: Tensor, truth: Tensor) -> Tensor:
     """Mean quantile loss; quantiles [..., Q], truth [...]. Zero for a perfect point, and smallest at the true quantiles."""
     levels = torch.tensor(QUANTILES, device=truth.device)
@@ -419,17 +389,6 @@ def draw(file: Path, model: Forecaster, values: Tensor, channels: tuple[str, ...
             axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=100)
-
-
-def waves(rows: int, channels: int, seed: int) -> ett.Series:
-    """Generated: each channel a daily and a slower sine wave with noise, split like ETT."""
-    rng = np.random.default_rng(seed)
-    t = np.arange(rows)[:, None]
-    daily = np.sin(2 * np.pi * (t / DAY + rng.random(channels)))
-    slow = np.sin(2 * np.pi * (t / (10 * DAY) + rng.random(channels)))
-    values = (10 + 3 * daily + 2 * slow + 0.3 * rng.normal(size=(rows, channels))).astype(np.float32)
-    names = tuple(f"wave{n}" for n in range(channels))
-    return ett.Series(values, names, rows * 3 // 5, rows * 4 // 5, rows)
 
 
 def prepare(config: Config, data: Path | None, out: Path) -> ForecasterTraining:

@@ -2,50 +2,58 @@
 
 Bidirectional LSTM encoder, one LSTM decoder with Luong's attention and input feeding (Luong et al. 2015, arXiv
 1508.04025), one matrix for all word vectors (Press & Wolf 2017, arXiv 1608.05859). This file knows the model, its
-training on sentence pairs and its contract; it must not know beams (`search.py`), files of a data set
-(`data/multi30k.py`) or onnx.
+training and its contract; it must not know how text becomes batches (`pairs.py`), beams (`contract/search.py`), files
+of a data set (`data/multi30k.py`) or onnx.
 """
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import sacrebleu
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from contract.bundle import Graph, State
 from contract.bundle import Tensor as Described
 from contract.search import Hypothesis
-from contract.text import END, PAD, START, UNKNOWN, Vocabulary
+from contract.text import Vocabulary
 from training import checkpoint, search
 from training.attention import Attention
 from training.config import Config, ConfigError, section
 from training.data import multi30k
 from training.layers import SequenceDropout, remember
 from training.loop import Training
+from training.pairs import (
+    END_ID,
+    PAD_ID,
+    START_ID,
+    UNKNOWN_ID,
+    Batch,
+    ByLength,
+    Pairs,
+    make_vocabulary,
+    reversed_words,
+)
 from training.repeated import Repeated, smoothed_cross_entropy
 from training.tasks import About
 
-MARKS = (PAD, UNKNOWN, START, END)
-PAD_ID, UNKNOWN_ID, START_ID, END_ID = range(4)
 CANDIDATES = 10  # per hypothesis and step: enough for beams up to 9
 VOCABULARY = "vocabulary.json"
 SEARCH = "search.json"
 
 ABOUT = About(
-    title="English to German captions",
-    use="Short descriptive sentences, English to German; not news, not conversation, not several sentences at once.",
+    title="Caption translator",
+    use="Short descriptive sentences, English to German as shipped; not news, not conversation, not several sentences at once.",
     data="Multi30k task 1, 29,000 sentence pairs (Elliott et al. 2016), raw text",
     licence="weights for research and education, as the data: captions derived from Flickr30K, non-commercial",
     design="bidirectional LSTM encoder, LSTM decoder with Luong attention and input feeding, joint subwords, tied word vectors",
@@ -249,34 +257,7 @@ def task(model: nn.Module, run: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# Text.
-
-
-def make_vocabulary(lines: Sequence[str], size: int) -> Tokenizer:
-    """Byte-pair pieces of cased raw text, joint over languages, whose decoding is the text again (in Unicode's NFC, runs
-    of spaces made one). Punctuation is always a piece of its own."""
-    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation("isolated")]
-    )
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(MARKS), show_progress=False)
-    tokenizer.train_from_iterator(lines, trainer)
-    if [tokenizer.token_to_id(mark) for mark in MARKS] != [PAD_ID, UNKNOWN_ID, START_ID, END_ID]:
-        raise AssertionError("the trainer numbers special tokens first and in order")
-    return tokenizer
-
-
-def reversed_words(count: int, seed: int) -> tuple[list[str], list[str]]:
-    """Made-up sentences and, as their translation, the same words backwards: a toy that needs attention."""
-    rng = random.Random(seed)
-    words = [a + b for a in "bdfgklmn" for b in ("a", "i", "o")]
-    made = [[rng.choice(words) for _ in range(rng.randint(2, 7))] for _ in range(count)]
-    return [" ".join(s) for s in made], [" ".join(reversed(s)) for s in made]
-
-
-# Batches.
+# Training.
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,59 +283,6 @@ class Model:
     smoothing: float = 0.1
     beam: int = 5
     max_length: int = 128
-
-
-class Batch(NamedTuple):
-    """source [batch, time] right-padded, lengths [batch], target [batch, steps + 1] from <s> to </s>, right-padded."""
-
-    source: Tensor
-    lengths: Tensor
-    target: Tensor
-
-
-class Pairs(Dataset[Batch]):
-    """Sentence pairs; an item is a whole batch, named by its sentences' numbers."""
-
-    def __init__(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> None:
-        self.sources, self.targets = sources, targets
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, numbers: Sequence[int]) -> Batch:
-        sources = [torch.tensor([*self.sources[n], END_ID]) for n in numbers]
-        targets = [torch.tensor([START_ID, *self.targets[n], END_ID]) for n in numbers]
-        pad = torch.nn.utils.rnn.pad_sequence
-        return Batch(
-            pad(sources, batch_first=True, padding_value=PAD_ID),
-            torch.tensor([len(s) for s in sources]),
-            pad(targets, batch_first=True, padding_value=PAD_ID),
-        )
-
-
-class ByLength(Sampler[list[int]]):
-    """Batches of sentences about equally long, in a new order each epoch; `set_epoch` is called by Lightning."""
-
-    def __init__(self, pairs: Pairs, sentences: int, seed: int | None) -> None:
-        self.lengths = [(len(t), len(s)) for s, t in zip(pairs.sources, pairs.targets, strict=True)]
-        self.sentences, self.seed, self.epoch = sentences, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // self.sentences)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = random.Random(None if self.seed is None else self.seed * 1000 + self.epoch)
-        order = list(range(len(self.lengths)))
-        if self.seed is not None:
-            rng.shuffle(order)  # the sort below is stable, so equals meet others each epoch
-        order.sort(key=lambda n: self.lengths[n])
-        batches = [order[at : at + self.sentences] for at in range(0, len(order), self.sentences)]
-        if self.seed is not None:
-            rng.shuffle(batches)
-        yield from batches
 
 
 class TranslatorTraining(Training):
@@ -452,11 +380,9 @@ def as_functions(model: Translator) -> tuple[search.Encode, search.Step]:
 
 def draw_attention(file: Path, vocabulary: Vocabulary, sources: Sequence[Sequence[int]], found: Sequence[Hypothesis]) -> None:
     """A heat map per sentence: which source pieces each output piece looked at."""
-    from matplotlib import pyplot
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    del pyplot
     figure = Figure(figsize=(5 * len(found), 5))
     FigureCanvasAgg(figure)
     for place, (source, hypothesis) in enumerate(zip(sources, found, strict=True)):

@@ -52,7 +52,7 @@ class Health:
 
     def check(self, request: pb.HealthCheckRequest, answer: Answer) -> None:
         if request.service not in self._services:
-            known = listed(sorted(self._services))
+            known = listed(sorted(self._services - {""}))
             raise NotFound("UNKNOWN_SERVICE", f"there is no service {request.service!r}; there are: {known}", known=known)
         answer.done(self._status())
 

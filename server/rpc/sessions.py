@@ -171,14 +171,16 @@ def _text(model: Model, request: pb.TurnRequest, rest: str) -> Plan:
     if not isinstance(task, Classifier):
         raise InvalidInput("WRONG_TASK", f"model {model.name!r} can {model.bundle.kind}; it takes no pieces of text", model=model.name)
     read = task.read(request.text, rest)
-    tokens = sum(len(ids) for ids in (read.words, read.glance) if ids is not None)
+    tokens = len(read.glance) + (len(read.words) if read.words is not None else 0)
 
     def answer(outputs: Outputs) -> bytes:
         result = write_classification(task.labels, task.result(outputs, tokens))
         return pb.TurnReply(session=request.session, turn=request.turn, classification=result).SerializeToString(deterministic=True)
 
-    parts = [({"tokens": ids[None]}, Sizes(1, len(ids))) if ids is not None else None for ids in (read.words, read.glance)]
-    return Plan(answer, read.rest, *parts)
+    glance = ({"tokens": read.glance[None]}, Sizes(1, len(read.glance)))
+    if read.words is None:
+        return Plan(answer, read.rest, glance=glance)
+    return Plan(answer, read.rest, ({"tokens": read.words[None]}, Sizes(1, len(read.words))), glance)
 
 
 def _refusal(error: ServeError) -> pb.Refusal:

@@ -22,6 +22,7 @@ from server.tasks.translate import Said, Translated, Translator, Wanted
 
 SERVICE = "seqserve.v1.Tasks"
 MOST_TEXTS = 256
+MOST_LETTERS = 500_000  # of one call: vocabularies read some 3 million letters a second, and others wait meanwhile
 T = TypeVar("T", Classifier, Translator, Forecaster)
 
 
@@ -45,6 +46,10 @@ class Tasks:
         if not 1 <= len(texts) <= MOST_TEXTS:
             message = f"{len(texts)} texts; allowed are 1 to {MOST_TEXTS} in one call"
             raise InvalidInput("BAD_COUNT", message, expected=f"1..{MOST_TEXTS}", got=len(texts))
+        letters = sum(map(len, texts))
+        if letters > MOST_LETTERS:
+            message = f"{letters} letters in all; at most {MOST_LETTERS} are allowed in one call: send several"
+            raise InvalidInput("TOO_LONG", message, expected=f"1..{MOST_LETTERS}", got=letters)
         together = _Together(model.engine, len(texts), answer)
 
         def then(at: int) -> Callable[[Sequence, Classified], None]:
@@ -253,5 +258,5 @@ def _facts(model: Model) -> dict[str, str]:
         return {"languages": f"{task.source}-{task.target}", "beam": str(task.beam)}
     if isinstance(task, Forecaster):
         quantiles = ",".join(f"{q:g}" for q in task.quantiles)
-        return {"channels": ",".join(task.channels), "horizon": str(task.horizon), "quantiles": quantiles}
+        return {"channels": ",".join(task.channels), "horizon": str(task.horizon), "lookback": str(task.lookback), "quantiles": quantiles}
     return {}

@@ -11,6 +11,7 @@ from server.engine import Engine
 from server.errors import InvalidInput, ServeError
 from server.inputs import Array, Sizes
 from server.sequence import Outputs, Sequence
+from server.tasks.limits import check_letters
 
 _TAG = 16  # letters after "<" within which ">" may still come: the vocabulary reads a tag such as "<br />" as one space
 _WORD = 1000  # letters of a word without an end: it is read anew with every piece
@@ -26,10 +27,11 @@ class Classified:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A piece of a text as ids: whole words, to be read for good; a word not yet ended, to be glanced at; and its letters."""
+    """A piece of a text as ids: `words` to be read for good, `glance` for this answer only, being the last word, and its
+    letters as `rest`."""
 
     words: Array | None
-    glance: Array | None
+    glance: Array
     rest: str
 
 
@@ -47,6 +49,7 @@ class Classifier:
         self, text: str, then: Callable[[Sequence, Classified], None], failed: Callable[[ServeError], None], deadline: float | None = None
     ) -> Sequence:
         """Queue one text. Raises InvalidInput where it has no words, or more tokens than the model reads."""
+        check_letters(text)
         ids = self._vocabulary.encode(text)
         count, most = len(ids), self._graph.max_time
         if not count:
@@ -65,23 +68,36 @@ class Classifier:
         return Classified(tuple(outputs["probabilities"][0].tolist()), tokens)
 
     def read(self, piece: str, rest: str) -> Read:
-        """A text cut anywhere, so that its pieces make the tokens of the whole: what may go on in the next piece, a word or
-        a tag without its end, is only glanced at, and kept as `rest`. Raises InvalidInput where a piece brings nothing."""
+        """A text cut anywhere, so that its pieces make the tokens of the whole: from the last word on, which may go on in the
+        next piece, it is only glanced at, and kept as `rest`. Raises InvalidInput where there is no word yet."""
         text = rest + piece
-        cut = max((i + 1 for i, letter in enumerate(text) if letter.isspace()), default=0)
-        tag = text.rfind("<", 0, cut)
-        if tag >= 0 and ">" not in text[tag:cut] and len(text) - tag < _TAG:
-            cut = tag
-        most = self._graph.max_time
+        check_letters(text)
+        cut, glance = len(text), self._vocabulary.encode("")
+        while not len(glance) and cut > 0 and len(text) - cut <= _WORD:
+            cut = _boundary(text, cut)
+            glance = self._vocabulary.encode(text[cut:])
+        if not len(glance):
+            raise InvalidInput("EMPTY_TEXT", "the text so far has no words; send at least one", got=repr(piece[:40]))
         if len(text) - cut > _WORD:
-            raise InvalidInput(
-                "TOO_LONG", f"a word of {len(text) - cut} letters; at most {_WORD} are allowed", expected=_WORD, got=len(text) - cut
-            )
-        words, glance = self._vocabulary.encode(text[:cut]), self._vocabulary.encode(text[cut:])
-        if not len(words) and not len(glance):
-            raise InvalidInput("EMPTY_TEXT", "the piece has no words and ends none; send at least one", got=repr(piece[:40]))
+            message = f"the last word has {len(text) - cut} letters, spaces after it counted; at most {_WORD} are allowed"
+            raise InvalidInput("TOO_LONG", message, expected=f"1..{_WORD}", got=len(text) - cut)
+        words, most = self._vocabulary.encode(text[:cut]), self._graph.max_time
         if len(words) > most:
-            raise InvalidInput(
-                "TOO_LONG", f"the piece has {len(words)} tokens; at most {most} are allowed", expected=f"1..{most}", got=len(words)
-            )
-        return Read(words if len(words) else None, glance if len(glance) else None, text[cut:])
+            message = f"the piece has {len(words)} tokens; at most {most} are allowed"
+            raise InvalidInput("TOO_LONG", message, expected=f"1..{most}", got=len(words))
+        return Read(words if len(words) else None, glance, text[cut:])
+
+
+def _boundary(text: str, before: int) -> int:
+    """The last place before `before` where a text may be cut: after a space, and not in what may be a tag; else its start,
+    or wherever a word is longer than allowed."""
+    earliest = max(0, before - 2 - _WORD)
+    for cut in range(before - 1, earliest, -1):
+        if not text[cut - 1].isspace():
+            continue
+        tag = text.rfind("<", 0, cut)
+        end = text.find(">", tag, tag + _TAG)
+        within = tag >= 0 and (end >= cut or (end < 0 and len(text) - tag < _TAG))
+        if not within:
+            return cut
+    return earliest

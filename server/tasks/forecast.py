@@ -24,14 +24,16 @@ class Forecasted:
 
 
 class Forecaster:
-    """Reads observations step by step and continues them. Tensors: observations [batch, time, channels] → mean
+    """Reads observations step by step and continues them. Tensors: the one input [batch, time, channels] → mean
     [batch, horizon, channels], quantiles [batch, horizon, channels, quantiles]."""
 
     def __init__(self, engine: Engine, directory: Path) -> None:
         self._engine = engine
         task = engine.bundle.task
         self.channels: tuple[str, ...] = tuple(str(c) for c in task["channels"])
+        (self._input,) = (t.name for t in engine.bundle.graph.data)
         self.horizon = int(task["horizon"])
+        self.lookback = int(task["lookback"])
         self.quantiles: tuple[float, ...] = tuple(float(q) for q in task["quantiles"])
 
     def start(
@@ -55,7 +57,7 @@ class Forecaster:
                 "BAD_HORIZON", f"horizon {steps}; allowed are 1 to {self.horizon} steps", expected=f"1..{self.horizon}", got=steps
             )
         places = [self._place(q) for q in quantiles] or list(range(len(self.quantiles)))
-        inputs = {"observations": observations[None]}
+        inputs = {self._input: observations[None]}
         sizes = check(self._engine.bundle.graph, inputs, 1)
 
         def result(outputs: Outputs) -> Forecasted:

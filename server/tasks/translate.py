@@ -19,6 +19,7 @@ from server.errors import InvalidInput, ServeError
 from server.inputs import Array, Sizes
 from server.sequence import Outputs, Sequence
 from server.states import Rows, fresh
+from server.tasks.limits import check_letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Translator:
                 "BAD_LIMIT", f"max_tokens {wanted.max_tokens}; allowed are 1 to {self.max_length}", expected=f"1..{self.max_length}",
                 got=wanted.max_tokens,
             )  # fmt: skip
+        check_letters(text)
         ids = self.vocabulary.encode(text)
         most = self.encode.max_time - 1  # the end mark takes one
         if not len(ids):

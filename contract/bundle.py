@@ -22,11 +22,13 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from contract import document
 
 FORMAT = 1
 FILE = "bundle.json"
@@ -174,7 +176,7 @@ class Bundle:
         return str(self.task.get("kind", "tensors"))
 
     def to_json(self) -> str:
-        return json.dumps(_plain(self), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(document.plain(self), indent=1, ensure_ascii=False) + "\n"
 
 
 def load(directory: Path | str) -> Bundle:
@@ -184,12 +186,12 @@ def load(directory: Path | str) -> Bundle:
     """
     directory = Path(directory)
     try:
-        document = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        read = json.loads((directory / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(str(directory), [f"no {FILE}: export the model again, it is written last"]) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise BundleError(str(directory), [f"{FILE} is not JSON ({e}): export the model again"]) from None
-    bundle, faults = parse(document)
+    bundle, faults = parse(read)
     if bundle is not None:
         faults += validate(bundle)
         missing = [name for name in files(bundle) if _escapes(name) or not (directory / name).is_file()]
@@ -224,7 +226,7 @@ def files(bundle: Bundle) -> list[str]:
 
 def fingerprint(bundle: Bundle, directory: Path) -> str:
     """sha256 over what decides an answer: graphs, task, and every file's bytes; not over notes about the making."""
-    known = _plain(bundle)
+    known = document.plain(bundle)
     digest = hashlib.sha256(json.dumps([known.get(k, {}) for k in ("graphs", "main", "task", "resources")], sort_keys=True).encode())
     for name in files(bundle):
         digest.update(name.encode() + b"\0" + hashlib.sha256((directory / name).read_bytes()).digest())
@@ -307,15 +309,15 @@ def _tensor_faults(t: Tensor) -> Iterator[str]:
         yield f"low {t.low} is above high {t.high}"
 
 
-def parse(document: object) -> tuple[Bundle | None, list[str]]:
+def parse(read: object) -> tuple[Bundle | None, list[str]]:
     """Build a Bundle from decoded JSON; on faults of form, None and all of them."""
     faults: list[str] = []
-    if not isinstance(document, dict):
+    if not isinstance(read, dict):
         return None, [f"{FILE} must hold one object"]
-    if document.get("format") != FORMAT:
-        return None, [f"format {document.get('format')!r}: this release reads format {FORMAT}; export the model again"]
+    if read.get("format") != FORMAT:
+        return None, [f"format {read.get('format')!r}: this release reads format {FORMAT}; export the model again"]
     graphs: dict[str, Graph] = {}
-    described = document.get("graphs")
+    described = read.get("graphs")
     if not isinstance(described, dict) or not described:
         faults.append("graphs: must be an object with at least one graph")
         described = {}
@@ -330,65 +332,13 @@ def parse(document: object) -> tuple[Bundle | None, list[str]]:
             if not isinstance(listed, list):
                 faults.append(f"{at}.{key}: must be a list")
                 listed = []
-            made = [_build(kind, item, f"{at}.{key}[{i}]", faults) for i, item in enumerate(listed)]
+            made = [document.build(kind, item, f"{at}.{key}[{i}]", faults) for i, item in enumerate(listed)]
             parts[key] = tuple(m for m in made if m is not None)
-        graph = _build(Graph, {**d, **parts}, at, faults)
+        graph = document.build(Graph, {**d, **parts}, at, faults)
         if graph is not None:
             graphs[str(name)] = graph
-    bundle = _build(Bundle, {**document, "graphs": graphs}, FILE, faults)
+    bundle = document.build(Bundle, {**read, "graphs": graphs}, FILE, faults)
     return (None, faults) if faults else (bundle, faults)
-
-
-_FORMS: Mapping[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "float": (int, float), "bool": (bool,),
-    "float | None": (int, float, type(None)), "tuple[Axis, ...]": (list, tuple),
-    "tuple[Tensor, ...]": (tuple,), "tuple[State, ...]": (tuple,),
-    "Mapping[str, Graph]": (dict,), "Mapping[str, Any]": (dict,), "Mapping[str, str]": (dict,),
-}  # fmt: skip
-
-
-def _build(kind: type, item: Any, at: str, faults: list[str]) -> Any:
-    """One dataclass from one JSON object: unknown, missing and ill-typed keys are faults, all of them."""
-    if not isinstance(item, dict):
-        faults.append(f"{at}: must be an object")
-        return None
-    known = {f.name: f for f in fields(kind)}
-    before = len(faults)
-    for key in item.keys() - known.keys():
-        faults.append(f"{at}: unknown key {key!r}; known are {', '.join(known)}")
-    values: dict[str, Any] = {}
-    for key, f in known.items():
-        if key not in item:
-            required = {"name", "dtype", "axes", "input", "output", "file", "graphs", "main"}
-            if key in required:
-                faults.append(f"{at}: {key!r} is missing")
-            continue
-        form = _FORMS[str(f.type)]
-        value: Any = item[key]
-        fits: bool = isinstance(value, form)
-        if not fits or (isinstance(value, bool) and bool not in form):
-            faults.append(f"{at}.{key}: must be {' or '.join(t.__name__ for t in form if t is not tuple)}, got {value!r}"[:300])
-            continue
-        if key == "axes":
-            if not all(isinstance(a, str | int) and not isinstance(a, bool) for a in value):
-                faults.append(f"{at}.axes: each must be a name or a number, got {value!r}")
-                continue
-            value = tuple(value)
-        values[key] = value
-    return kind(**values) if len(faults) == before else None
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as JSON objects, without what is at its default."""
-    if hasattr(value, "__dataclass_fields__"):
-        kept = {f.name: getattr(value, f.name) for f in fields(value)}
-        always = {"name", "dtype", "axes", "format", "main", "graphs", "task", "fingerprint"}
-        return {f.name: _plain(kept[f.name]) for f in fields(value) if f.name in always or kept[f.name] not in (f.default, {}, ())}
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
 
 
 def _escapes(name: str) -> bool:

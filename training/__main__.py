@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; go on with --resume --out {out}", file=sys.stderr)
         return 130
+    if training.global_rank:  # on several devices every process comes by here
+        return 0
     scores = ", ".join(f"{name} {value:.4f}" for name, value in summary["scores"].items())
     print(f"{asked.task}: best at epoch {summary['epoch']:g} of {config.run.epochs}: {scores}")
     print(f"next: python -m export {out} --out models/{asked.task}/1")

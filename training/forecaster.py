@@ -94,7 +94,7 @@ class Forecaster(nn.Module):
         nn.init.zeros_(self.correct.bias)
         self.spread = nn.Linear(dims.hidden + 2, dims.horizon * len(QUANTILES))
         nn.init.normal_(self.spread.weight, std=0.01)
-        nn.init.constant_(self.spread.bias, -2.0)
+        nn.init.constant_(self.spread.bias, -0.5)
 
     def features(self, before: Tensor, values: Tensor) -> Tensor:
         """before [batch, lookback, channels], values [batch, time, channels], both standardised → what the LSTM reads,
@@ -133,20 +133,22 @@ class Forecaster(nn.Module):
         relative = window - last
         state = self.dropout(state)
         mean = last + self.highway(relative) + self.correct(state)  # [..., channels, horizon]
-        # How far and how fast the window moved. Sums run over `lookback` floats, whole vector registers for 48 or 96: with
-        # 95 the rows' different alignment would show in onnxruntime's last bits.
-        moved = relative.abs().sum(-1, keepdim=True) / self.dims.lookback
+        # Errors grow with how much the window moved: the spread is in units of its mean deviation. Sums run over `lookback`
+        # floats, whole vector registers for 48 or 96: else the rows' alignment would show in onnxruntime's last bits.
+        level = relative.sum(-1, keepdim=True) / self.dims.lookback
+        moved = (relative - level).abs().sum(-1, keepdim=True) / self.dims.lookback
         steps = functional.pad(relative[..., 1:] - relative[..., :-1], (1, 0)).abs().sum(-1, keepdim=True) / self.dims.lookback
         raw = self.spread(torch.cat([state, moved, steps], dim=-1))
         raw = raw.reshape(*raw.shape[:-1], self.dims.horizon, len(QUANTILES))
-        up, down = positive(raw[..., MIDDLE + 1 :]), positive(raw[..., :MIDDLE])
+        unit = (moved + 0.1).unsqueeze(-1)
+        up, down = positive(raw[..., MIDDLE + 1 :]) * unit, positive(raw[..., :MIDDLE]) * unit
         # running sums outward from the middle, so that no quantile crosses another
         above = [up[..., 0]]
         below = [down[..., -1]]
         for n in range(1, MIDDLE):
             above.append(above[-1] + up[..., n])
             below.append(below[-1] + down[..., -1 - n])
-        middle = raw[..., MIDDLE] + 2.0  # the bias begins at -2; the median may differ from the mean
+        middle = raw[..., MIDDLE] + 0.5  # the bias begins at -0.5; the median may differ from the mean
         away = [*(-b for b in reversed(below)), torch.zeros_like(middle), *above]
         quantiles = torch.stack([mean + middle + self.width * a for a in away], dim=-1)
         return Forecast(mean.transpose(-1, -2), quantiles.transpose(-2, -3))

@@ -252,6 +252,9 @@ def rebuild(dims: Mapping[str, Any]) -> Sentiment:
     return Sentiment(Dims(**dims)).eval()
 
 
+LONGEST = 20_000  # tokens of one request: several times the longest review
+
+
 def describe(model: nn.Module) -> dict[str, bundle.Graph]:
     """One graph: it reads a piece and says the score of all that was read so far."""
     assert isinstance(model, Sentiment)
@@ -270,7 +273,7 @@ def describe(model: nn.Module) -> dict[str, bundle.Graph]:
         Carried("total", "next_total", "float32", flat),
         Carried("count", "next_count", "float32", (bundle.BATCH, 1)),
     )
-    return {"step": bundle.Graph("step.onnx", (tokens,), outputs, states)}
+    return {"step": bundle.Graph("step.onnx", (tokens,), outputs, states, max_time=LONGEST)}
 
 
 class _Step(nn.Module):

@@ -37,7 +37,7 @@ class App:
         self.health = health.Health(services)
         desk = Desk(self.metrics, config.access_log)
         methods = {
-            **inference.Inference(self.catalog, lambda: self.health.serving).methods(desk),
+            **inference.Inference(self.catalog, self.turns, lambda: self.health.serving).methods(desk),
             **tasks.Tasks(self.catalog, lambda: self.health.serving).methods(desk),
             **sessions.Sessions(self.turns).methods(desk),
             **self.health.methods(desk),

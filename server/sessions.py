@@ -84,6 +84,11 @@ class Session:
         self.expires = expires
         self.line: deque[Pending] = deque()  # begun, not yet applied; the first is running
 
+    @property
+    def next(self) -> int:
+        """The turn that comes next, after those under way."""
+        return self.kept.turn + len(self.line) + 1
+
 
 class Sessions:
     """All sessions of a server."""
@@ -97,6 +102,9 @@ class Sessions:
 
     def __len__(self) -> int:
         return len(self._live)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._live
 
     def open(self, kept: Kept, now: float) -> Session:
         """A new session, or one that was kept elsewhere. Raises Conflict where its id lives, Overloaded past the quota."""

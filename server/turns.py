@@ -103,15 +103,27 @@ class Turns:
             self._wake.notify_all()
         return kept
 
-    def turn(self, id: str, turn: int, digest: bytes, brought: Brought, acknowledged: int, told: Told) -> None:
-        """Take a turn; `told` is called once with its reply or why there is none, from this thread or a worker's."""
+    def turn(self, id: str, turn: int | None, digest: bytes, brought: Brought, acknowledged: int | None, told: Told) -> None:
+        """Take a turn; `told` is called once with its reply or why there is none, from this thread or a worker's.
+
+        A caller that does not number its turns (None) means the next, and can't send one again; one that acknowledges
+        nothing (None) has the reply of every turn before this one.
+        """
         with self._wake:
+            if turn is None:
+                turn = self._sessions.find(id).next
+            if acknowledged is None:
+                acknowledged = max(0, min(turn - 1, self._sessions.find(id).kept.turn))
             begun = self._sessions.begin(id, turn, digest, _Turn(brought, told), acknowledged, self._clock())
             session = self._sessions.find(id)
         if begun.reply is not None:
             told(begun.reply)
         elif begun.run:
             self._run(session)
+
+    def lives(self, id: str) -> bool:
+        with self._wake:
+            return id in self._sessions
 
     def get(self, id: str) -> Kept:
         with self._wake:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from contract import bundle as contract
+from protos import inference_pb2 as inference_pb
 from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server.graph import OnnxGraph
@@ -290,3 +291,45 @@ def test_a_text_in_pieces_is_the_text(shipped: Served) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(live, range(30)))
+
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+def step(id: Any, tokens: Any, start: bool = False, end: bool = False, number: int | None = None) -> inference_pb.ModelInferRequest:
+    array = np.asarray(tokens, np.int64).reshape(1, -1)
+    request = inference_pb.ModelInferRequest(model_name="reader", raw_input_contents=[array.tobytes()])
+    request.inputs.add(name="tokens", datatype="INT64", shape=array.shape)
+    if isinstance(id, str):
+        request.parameters["sequence_id"].string_param = id
+    else:
+        request.parameters["sequence_id"].int64_param = id
+    request.parameters["sequence_start"].bool_param = start
+    request.parameters["sequence_end"].bool_param = end
+    if number is not None:
+        request.parameters["turn"].int64_param = number
+    return request
+
+
+@pytest.mark.parametrize("id", [42, "a name"])
+def test_sequences_of_the_open_inference_protocol(served: Served, whole: Any, id: Any) -> None:
+    """sequence_id, start and end make a session of the same kind: its steps make the whole; a start begins anew; an end
+    ends; a numbered step sent again is answered with the same bytes."""
+    infer = served.method(INFER)
+
+    def read(*requests: inference_pb.ModelInferRequest) -> bytes:
+        return b"".join(inference_pb.ModelInferResponse.FromString(infer(r)).raw_output_contents[0] for r in requests)
+
+    expected = whole(np.array([3, 1, 4, 1, 5]))
+    for _ in range(2):
+        assert read(step(id, [3, 1], start=True), step(id, [4]), step(id, [1, 5], end=True)) == expected
+    assert refused(infer, step(id, [1]))[1] == "SESSION_CLOSED"
+    first, second = step(id, [3, 1, 4], start=True, number=1), step(id, [1, 5], number=2)
+    replies = [infer(r) for r in (first, first, second, second)]
+    assert replies[0] == replies[1]
+    assert replies[2] == replies[3]
+    assert b"".join(inference_pb.ModelInferResponse.FromString(r).raw_output_contents[0] for r in replies[::2]) == expected
+    assert refused(infer, step(id, [1], number=5))[1] == "GAP"
+    assert refused(infer, step(0, [1], start=True))[1] == "BAD_SEQUENCE_ID"
+    assert refused(infer, step(id, [99], number=3))[1] == "OUT_OF_RANGE"
+    assert infer(step(id, [9], number=3, end=True))

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 
+from contract.bundle import Tensor
 from protos import inference_pb2 as pb
 from server import VERSION
-from server.catalog import Catalog
-from server.errors import InvalidInput, NotFound, listed
+from server.catalog import Catalog, Model
+from server.errors import InvalidInput, NotFound, ServeError, listed
+from server.inputs import check
 from server.rpc import wire
 from server.rpc.answer import Answer, Desk
 from server.rpc.front import Method
 from server.sequence import Outputs, Sequence
+from server.turns import Plan, Turns
 
 SERVICE = "inference.GRPCInferenceService"
+EXTENSIONS = ("sequence", "sequence(string_id)")
 
 
 class Inference:
-    def __init__(self, catalog: Catalog, ready: Callable[[], bool]) -> None:
+    def __init__(self, catalog: Catalog, turns: Turns, ready: Callable[[], bool]) -> None:
         self._catalog = catalog
+        self._turns = turns
         self._ready = ready
 
     def methods(self, desk: Desk) -> Mapping[str, Method]:
@@ -43,7 +49,7 @@ class Inference:
             answer.done(pb.ModelReadyResponse(ready=self._ready()))
 
     def server_metadata(self, request: pb.ServerMetadataRequest, answer: Answer) -> None:
-        answer.done(pb.ServerMetadataResponse(name="seqserve", version=VERSION, extensions=()))
+        answer.done(pb.ServerMetadataResponse(name="seqserve", version=VERSION, extensions=EXTENSIONS))
 
     def model_metadata(self, request: pb.ModelMetadataRequest, answer: Answer) -> None:
         model = self._catalog.find(request.name, request.version)
@@ -70,13 +76,68 @@ class Inference:
                     )  # fmt: skip
             chosen = tuple(known[output.name] for output in request.outputs)
 
+        if "sequence_id" in request.parameters:
+            self._step(request, model, chosen, answer)
+            return
+
         def then(sequence: Sequence, outputs: Outputs) -> None:
-            response = pb.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
+            response = _response(request, model, chosen, outputs)
             response.parameters["queue_us"].int64_param = int(sequence.queued * 1e6)
             response.parameters["run_us"].int64_param = int(sequence.run * 1e6)
             response.parameters["rounds"].int64_param = sequence.rounds
-            wire.write_outputs(response, ((t, outputs[t.name]) for t in chosen))
             answer.done(response)
 
         sequence = model.tensors.start(wire.read_inputs(request), then, answer.fail, answer.deadline)
         answer.cancel_by(lambda: model.engine.cancel(sequence))
+
+    def _step(self, request: pb.ModelInferRequest, model: Model, chosen: tuple[Tensor, ...], answer: Answer) -> None:
+        """One request of a sequence, as the protocol's sequence extension has it: a turn of a session named by model and
+        sequence_id. The parameter `turn` numbers it; then it may be sent again, and a gap is refused."""
+        id = f"{model.name}/{_sequence_id(request)}"
+        start, end = (
+            request.parameters[name].bool_param if name in request.parameters else False for name in ("sequence_start", "sequence_end")
+        )
+        turn = request.parameters["turn"].int64_param if "turn" in request.parameters else None
+        if start and not (turn == 1 and self._turns.lives(id)):  # the first turn sent again is no new start
+            if self._turns.lives(id):
+                self._turns.close(id)
+            self._turns.open(model.name, model.version, id)
+
+        def told(reply: bytes | ServeError) -> None:
+            if isinstance(reply, ServeError):
+                answer.fail(reply)
+                return
+            answer.done_bytes(reply)
+            if end and self._turns.lives(id):
+                self._turns.close(id)
+
+        def brought(model: Model, rest: str) -> Plan:
+            inputs = wire.read_inputs(request)
+            return Plan(
+                lambda outputs: _response(request, model, chosen, outputs).SerializeToString(),
+                inputs=(inputs, check(model.bundle.graph, inputs, 1)),
+            )
+
+        unnamed = pb.ModelInferRequest()
+        unnamed.CopyFrom(request)
+        unnamed.ClearField("id")  # a request sent again may be given another id; the reply has the first one's
+        digest = hashlib.blake2b(unnamed.SerializeToString(deterministic=True), digest_size=16, person=b"infer").digest()
+        self._turns.turn(id, turn, digest, brought, None, told)
+
+
+def _response(request: pb.ModelInferRequest, model: Model, chosen: tuple[Tensor, ...], outputs: Outputs) -> pb.ModelInferResponse:
+    response = pb.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
+    if "sequence_id" in request.parameters:
+        response.parameters["sequence_id"].CopyFrom(request.parameters["sequence_id"])
+    wire.write_outputs(response, ((t, outputs[t.name]) for t in chosen))
+    return response
+
+
+def _sequence_id(request: pb.ModelInferRequest) -> str:
+    """The id of a sequence, a number above 0 or a text. Raises InvalidInput."""
+    given = request.parameters["sequence_id"]
+    kind = given.WhichOneof("parameter_choice")
+    id = str(getattr(given, kind)) if kind in ("int64_param", "uint64_param", "string_param") else ""
+    if id in ("", "0"):
+        raise InvalidInput("BAD_SEQUENCE_ID", "sequence_id must be a number above 0 or a text", got=id or str(kind))
+    return id

@@ -32,7 +32,7 @@ class App:
         self.workers = Workers(config.workers)
         limits = Limits(rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, workers=config.workers)
         self.catalog = Catalog(self.workers, limits, self.metrics, config.max_request_rows)
-        self.turns = Turns(self.catalog, config.max_sessions, config.session_ttl)
+        self.turns = Turns(self.catalog, self.workers, config.max_sessions, config.session_ttl)
         services = [inference.SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
         self.health = health.Health(services)
         desk = Desk(self.metrics, config.access_log)

@@ -95,6 +95,7 @@ class Workers:
 
     def __init__(self, threads: int, clock: Clock = time.monotonic) -> None:
         self.order = itertools.count(1)
+        self.after_round: Callable[[], None] = lambda: None  # called by a worker when all of its round was answered
         self._clock = clock
         self._engines: list[Engine] = []
         self._wake = threading.Condition(threading.Lock())
@@ -247,6 +248,10 @@ class Workers:
                     again.append(ticket)
                 else:
                     self._leave(engine, ticket, "answered")
+        try:
+            self.after_round()
+        except Exception:  # what is done for some sequences of a round must not keep the others from going on
+            log.exception("model %s: after a round", engine.name)
         if again:
             self._again(engine, again)
 

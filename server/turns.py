@@ -1,8 +1,8 @@
 """Live sessions: `sessions.py` decides, the engine runs, this file joins them.
 
-A turn runs as one sequence from the session's state; turns sent ahead go on in the same sequence, one after another. A
-turn is applied, and answered, only once it ran; what fails changes nothing. A caller that leaves does not stop a turn
-that was begun: it may come back for the reply.
+A turn runs as a sequence from the session's state; turns sent ahead follow at once, one after another. All turns that a
+round completed are applied together after it, and only then answered; what fails changes nothing. A caller that leaves
+does not stop a turn that was begun: it may come back for the reply.
 
 One lock guards all sessions; it is held for decisions, never during a run. A session has at most one sequence under way.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from server.catalog import Catalog, Model
-from server.engine import Clock
+from server.engine import Clock, Workers
 from server.errors import Conflict, Gone, InvalidInput, ModelFailed, ServeError
 from server.inputs import Array, Sizes
 from server.sequence import Outputs, Sequence
@@ -66,16 +66,34 @@ class _Turn:
     sequence: Sequence | None = field(default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """A turn that ran and is not yet applied."""
+
+    session: Session
+    reply: bytes
+    memory: Memory
+
+
+class _Round(threading.local):
+    """What the round of this thread completed."""
+
+    def __init__(self) -> None:
+        self.ran: list[_Ran] = []
+
+
 class Turns:
     """All live sessions of a server."""
 
-    def __init__(self, catalog: Catalog, most: int, ttl: float, clock: Clock = time.monotonic) -> None:
+    def __init__(self, catalog: Catalog, workers: Workers, most: int, ttl: float, clock: Clock = time.monotonic) -> None:
         self._catalog = catalog
+        workers.after_round = self._after_round
         self._ttl = ttl
         self._clock = clock
         self._sessions = Sessions(most)
         self._wake = threading.Condition(threading.Lock())
         self._stopping = False
+        self._round = _Round()
         self._expiry = threading.Thread(target=self._expire, name="session-expiry", daemon=True)
 
     def start(self) -> None:
@@ -198,22 +216,20 @@ class Turns:
             rows = work.after or sequence.state
             assert rows is not None
             rows = rows.own(model.bundle.graph)  # a view would keep the whole round's bank for one idle session
-        reply = plan.answer(outputs)
-        with self._wake:
-            if not session.line:
-                return
-            done = self._sessions.commit(session, [reply], Memory(rows, plan.rest), self._clock())
-            following = session.line[0] if session.line else None
-        self._tell(done, reply)
-        if following is None:
-            return
-        try:
-            inputs, sizes = self._plan(model, session, following)
-        except ServeError as e:
-            self._failed(session, e)
-            return
-        following.work.sequence = sequence
-        sequence.go_on(model.bundle.main, inputs, sizes, rows)
+        self._round.ran.append(_Ran(session, plan.answer(outputs), Memory(rows, plan.rest)))
+
+    def _after_round(self) -> None:
+        """All turns that a round of this thread completed: apply them, answer, go on with what waits in line."""
+        ran, self._round.ran = self._round.ran, []
+        for turn in ran:
+            with self._wake:
+                if not turn.session.line:
+                    continue  # closed meanwhile
+                done = self._sessions.commit(turn.session, [turn.reply], turn.memory, self._clock())
+                following = bool(turn.session.line)
+            self._tell(done, turn.reply)
+            if following:
+                self._run(turn.session)
 
     def _failed(self, session: Session, error: ServeError) -> None:
         """The first turn in line could not be run: it is told why, those behind it that they come too early now."""

@@ -4,7 +4,10 @@
     ├── InvalidInput          the request can't be served as it is; also a ValueError
     │   └── TooLarge          more than the server, or this client, takes at once
     ├── NotFound              no such model, version or method; the message names what exists
+    │   └── SessionNotFound   no such session: it never was, or the server has forgotten it
     ├── FailedPrecondition    fine by itself, but not in the state the server is in
+    │   ├── SessionGone       the session has ended; `reason` says how
+    │   └── SessionConflict   not the turn, or the session, that comes next: does someone else write to it?
     ├── Denied                no credentials, or not enough
     ├── Cancelled             somebody ended the call: this side, the server, or a proxy
     ├── DeadlineExceeded      no answer within the timeout; also a TimeoutError
@@ -25,6 +28,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 DETAILS_KEY = "grpc-status-details-bin"
+BAD_REPLY = "BAD_REPLY"
 
 
 class Error(Exception):
@@ -51,6 +55,12 @@ class Error(Exception):
         self.details = dict(details or {})
         self.retry_after = retry_after
 
+    @property
+    def turn(self) -> int | None:
+        """The last turn applied to the session that this is about; None where the server named none."""
+        turn = self.details.get("turn", "")
+        return int(turn) if turn.isdecimal() else None
+
     def __str__(self) -> str:  # TimeoutError, a base below, would print it as an errno
         return self.message
 
@@ -64,7 +74,16 @@ class TooLarge(InvalidInput): ...
 class NotFound(Error): ...
 
 
+class SessionNotFound(NotFound): ...
+
+
 class FailedPrecondition(Error): ...
+
+
+class SessionGone(FailedPrecondition): ...
+
+
+class SessionConflict(FailedPrecondition): ...
 
 
 class Denied(Error): ...
@@ -99,6 +118,18 @@ _BY_STATUS: Mapping[grpc.StatusCode, type[Error]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
 }
+_BY_REASON: Mapping[tuple[grpc.StatusCode, str], type[Error]] = {
+    (grpc.StatusCode.NOT_FOUND, "UNKNOWN_SESSION"): SessionNotFound,
+    **{
+        (grpc.StatusCode.FAILED_PRECONDITION, f"SESSION_{how}"): SessionGone
+        for how in ("CLOSED", "EXPIRED", "EVICTED", "MOVED", "UNLOADED")
+    },
+    **{
+        (grpc.StatusCode.FAILED_PRECONDITION, reason): SessionConflict
+        for reason in ("GAP", "OTHER_INPUT", "ACKNOWLEDGED", "ACKNOWLEDGED_AHEAD", "SESSION_EXISTS")
+    },
+}
+_CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def invalid(message: str) -> InvalidInput:
@@ -108,7 +139,7 @@ def invalid(message: str) -> InvalidInput:
 
 def bad_reply(message: str) -> ServerError:
     """An answer that came through whole but can't be read."""
-    return ServerError(f"the server's reply makes no sense: {message}", status="INTERNAL", reason="BAD_REPLY")
+    return ServerError(f"the server's reply makes no sense: {message}", status="INTERNAL", reason=BAD_REPLY)
 
 
 def from_rpc(error: grpc.RpcError) -> Error:
@@ -123,7 +154,8 @@ def from_status(code: grpc.StatusCode, message: str, trailing: Iterable[tuple[st
     RESOURCE_EXHAUSTED is Overloaded where the server says when to come back, else TooLarge: gRPC itself gives that
     status to a message over the size limit. Details that can't be read are left out: the status stands without them.
     """
-    reason, details, retry_after = "", {}, None
+    reason, retry_after = "", None
+    details: Mapping[str, str] = {}
     for value in (value for key, value in trailing if key == DETAILS_KEY and isinstance(value, bytes)):
         try:
             status = status_pb2.Status.FromString(value)
@@ -136,8 +168,17 @@ def from_status(code: grpc.StatusCode, message: str, trailing: Iterable[tuple[st
                     retry_after = retry.retry_delay.ToNanoseconds() / 1e9
         except DecodeError:
             continue
+    return _made(code, message, reason, details, retry_after)
+
+
+def from_refusal(code: int, message: str, reason: str, details: Mapping[str, str], retry_after: float | None) -> Error:
+    """The error for a refusal that came as a message of a stream: the stream itself lives on."""
+    return _made(_CODES.get(code, grpc.StatusCode.UNKNOWN), message, reason, details, retry_after)
+
+
+def _made(code: grpc.StatusCode, message: str, reason: str, details: Mapping[str, str], retry_after: float | None) -> Error:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         kind: type[Error] = TooLarge if retry_after is None else Overloaded
     else:
-        kind = _BY_STATUS.get(code, ServerError)
+        kind = _BY_REASON.get((code, reason)) or _BY_STATUS.get(code, ServerError)
     return kind(message or code.name, status=code.name, reason=reason, details=details, retry_after=retry_after)

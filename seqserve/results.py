@@ -5,7 +5,7 @@ Arrays are read-only views of the reply; copy one to change it. Times are second
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Classification:
     tokens: int  # read
     model: str
     version: str
-    timing: Timing = field(compare=False)  # of the whole request
+    timing: Timing = field(compare=False)  # of the whole request; a session's turns do not tell theirs
 
     def __repr__(self) -> str:
         return f"<Classification {self.label} {self.score:.1%}, {self.tokens} tokens>"
@@ -124,6 +124,43 @@ class Inference:
 
     def __repr__(self) -> str:
         return f"<Inference {', '.join(f'{name} {a.dtype}{list(a.shape)}' for name, a in self.outputs.items())}>"
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Tensors(Mapping[str, Array]):
+    """The tensors that a turn of a session was answered with, by name."""
+
+    outputs: Mapping[str, Array]
+    model: str
+    version: str
+
+    def __getitem__(self, name: str) -> Array:
+        return self.outputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outputs)
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    def __repr__(self) -> str:
+        return f"<Tensors {', '.join(f'{name} {a.dtype}{list(a.shape)}' for name, a in self.outputs.items())}>"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SessionInfo:
+    """What the server has of a session."""
+
+    id: str
+    model: str
+    version: str
+    turn: int  # the last applied; 0: none yet
+    acknowledged: int  # the last whose reply the server need not keep
+    ttl: float  # seconds that it lives after its last turn
+    fingerprint: str  # of the model that made its state
+
+    def __repr__(self) -> str:
+        return f"<SessionInfo {self.id} of {self.model} {self.version}, turn {self.turn}>"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

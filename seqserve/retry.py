@@ -1,12 +1,13 @@
 """When a failed call is sent again. The clock and the dice are arguments.
 
-Every unary call of this API is stateless, so sending it twice is safe; that is why the only question here is whether
-a second try can help, and when.
+Every call of this API may be sent twice: it is stateless, or it is a turn of a session, which has a number and is applied
+once. So the only question here is whether a second try can help, and when.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from seqserve.errors import Error, Overloaded, Unavailable
 
 FIRST = 0.1  # seconds before the second try, doubled each time; a server that restarts is back within a few of them
 LONGEST = 5.0  # seconds
+UNLIMITED = sys.maxsize
 
 
 def delay(failure: Error, tries: int, limit: int, left: float, chance: float) -> float | None:
@@ -26,7 +28,7 @@ def delay(failure: Error, tries: int, limit: int, left: float, chance: float) ->
     """
     if tries > limit or not isinstance(failure, (Overloaded, Unavailable)):
         return None
-    wait = (failure.retry_after or 0.0) + chance * min(LONGEST, FIRST * 2 ** (tries - 1))
+    wait = (failure.retry_after or 0.0) + chance * min(LONGEST, FIRST * 2 ** min(tries - 1, 16))
     return wait if wait < left else None
 
 

@@ -2,7 +2,7 @@
 
 Both clients are made of this, so that neither knows messages. This file must not know channels, time or retries.
 
-The tasks are here, those of the Open Inference Protocol in `inference`.
+The tasks are here, those of sessions in `turns`, those of the Open Inference Protocol in `inference`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Call(Generic[R]):
     request: bytes
     read: Callable[[bytes], R]
     absent: R | None = None  # the answer where no server is there; None: that is an error
+    metadata: tuple[tuple[str, str], ...] = ()  # for this call, beside the client's own
 
 
 # Tasks
@@ -41,19 +42,14 @@ class Call(Generic[R]):
 def classify(text: str | Sequence[str], model: str, version: str) -> Call[results.Classification | list[results.Classification]]:
     """One result for a text, a list for a list."""
     texts = [text] if isinstance(text, str) else list(text)
-    request = pb.ClassifyRequest(model=_model(model, version), texts=[string(f"texts[{i}]", t) for i, t in enumerate(texts)])
+    request = pb.ClassifyRequest(model=model_named(model, version), texts=[string(f"texts[{i}]", t) for i, t in enumerate(texts)])
 
     def read(raw: bytes) -> results.Classification | list[results.Classification]:
         reply = parse(pb.ClassifyReply, raw)
         if len(reply.results) != len(texts):
             raise errors.bad_reply(f"{len(reply.results)} results for {len(texts)} texts")
         timing = _timing(reply.timing)
-        made = [
-            results.Classification(
-                c.label, c.score, {s.label: s.score for s in c.scores}, c.tokens, reply.model.name, reply.model.version, timing
-            )
-            for c in reply.results
-        ]
+        made = [classification(c, reply.model.name, reply.model.version, timing) for c in reply.results]
         return made[0] if isinstance(text, str) else made
 
     return Call(TASKS + "Classify", request.SerializeToString(), read)
@@ -82,24 +78,17 @@ def translate_stream(
 
 def forecast(observations: ArrayLike, horizon: int, quantiles: Sequence[float], model: str, version: str) -> Call[results.Forecast]:
     """Observations are steps × channels, raw units, oldest first; a flat list is one channel."""
-    values = _series("observations", observations)
+    values = numbers("observations", observations)
     request = pb.ForecastRequest(
-        model=_model(model, version),
-        observations=pb.Series(channels=values.shape[1], values=values.ravel()),
-        horizon=_count("horizon", horizon),
+        model=model_named(model, version),
+        observations=series("observations", values[:, np.newaxis] if values.ndim == 1 else values),
+        horizon=count("horizon", horizon),
         quantiles=[float(q) for q in quantiles],
     )
 
     def read(raw: bytes) -> results.Forecast:
         reply = parse(pb.ForecastReply, raw)
-        return results.Forecast(
-            tuple(reply.channels),
-            _matrix(reply.mean, len(reply.channels)),
-            {_decimal(q.quantile): _matrix(q.series, len(reply.channels)) for q in reply.quantiles},
-            reply.model.name,
-            reply.model.version,
-            _timing(reply.timing),
-        )
+        return forecasted(reply, reply.model.name, reply.model.version)
 
     return Call(TASKS + "Forecast", request.SerializeToString(), read)
 
@@ -144,13 +133,42 @@ def string(what: str, value: object) -> str:
     return value
 
 
-def _count(what: str, value: int) -> int:
+def numbers(what: str, values: ArrayLike) -> NDArray[np.float32]:
+    """`values` as 32-bit floats. Raises InvalidInput for what is no table of numbers that fit."""
+    try:
+        with np.errstate(over="raise"):
+            return np.asarray(values).astype(np.float32)
+    except (TypeError, ValueError):
+        raise errors.invalid(f"{what} must be numbers, steps × channels, with all rows of one length") from None
+    except FloatingPointError:
+        raise errors.invalid(f"{what} has a number beyond what 32-bit floats hold (3.4e38)") from None
+
+
+def series(what: str, values: NDArray[np.float32]) -> pb.Series:
+    """Steps × channels as a message. Raises InvalidInput where they are of another shape."""
+    if values.ndim != 2:
+        raise errors.invalid(f"{what} must be steps × channels, not of shape {list(values.shape)}")
+    return pb.Series(channels=values.shape[1], values=values.ravel())
+
+
+def classification(c: pb.Classification, model: str, version: str, timing: results.Timing) -> results.Classification:
+    return results.Classification(c.label, c.score, {s.label: s.score for s in c.scores}, c.tokens, model, version, timing)
+
+
+def forecasted(reply: pb.ForecastReply, model: str, version: str) -> results.Forecast:
+    channels = len(reply.channels)
+    quantiles = {_decimal(q.quantile): _matrix(q.series, channels) for q in reply.quantiles}
+    mean = _matrix(reply.mean, channels)
+    return results.Forecast(tuple(reply.channels), mean, quantiles, model, version, _timing(reply.timing))
+
+
+def count(what: str, value: int) -> int:
     if not 0 <= value < 2**32:
         raise errors.invalid(f"{what} is {value}: it can't be below 0 or above {2**32 - 1}")
     return value
 
 
-def _model(name: str, version: str) -> pb.Model:
+def model_named(name: str, version: str) -> pb.Model:
     return pb.Model(name=string("model", name), version=string("version", version))
 
 
@@ -160,12 +178,12 @@ def _timing(timing: pb.Timing) -> results.Timing:
 
 def _translate_request(text: str, source: str, target: str, beam: int, max_tokens: int, attention: bool, model: str, version: str) -> bytes:
     return pb.TranslateRequest(
-        model=_model(model, version),
+        model=model_named(model, version),
         text=string("text", text),
         source=string("source", source),
         target=string("target", target),
-        beam=_count("beam", beam),
-        max_tokens=_count("max_tokens", max_tokens),
+        beam=count("beam", beam),
+        max_tokens=count("max_tokens", max_tokens),
         attention=attention,
     ).SerializeToString()
 
@@ -188,22 +206,6 @@ def _translation(reply: pb.TranslateReply) -> results.Translation:
 
 def _token(token: pb.Token) -> results.Token:
     return results.Token(token.piece, token.log_probability, np.array(token.attention, np.float32))
-
-
-def _series(what: str, values: ArrayLike) -> NDArray[np.float32]:
-    """`values` as steps × channels. Raises InvalidInput for what is no such table of numbers that fit."""
-    try:
-        with np.errstate(over="raise"):
-            array = np.asarray(values).astype(np.float32)
-    except (TypeError, ValueError):
-        raise errors.invalid(f"{what} must be numbers, steps × channels, with all rows of one length") from None
-    except FloatingPointError:
-        raise errors.invalid(f"{what} has a number beyond what 32-bit floats hold (3.4e38)") from None
-    if array.ndim == 1:
-        array = array[:, np.newaxis]
-    if array.ndim != 2:
-        raise errors.invalid(f"{what} must be steps × channels, not of shape {list(array.shape)}")
-    return array
 
 
 def _matrix(series: pb.Series, channels: int) -> NDArray[np.float32]:

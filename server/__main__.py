@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from server.app import App
 from server.config import Config
+from server.store import StoreUnusable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,10 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: stop.set())
-    app = App(config)
     try:
+        app = App(config)
         app.start()
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, StoreUnusable) as e:
         print(f"seqserve: {e}", file=sys.stderr)
         return 1
     stop.wait()

@@ -18,6 +18,7 @@ from server.rounds import Limits
 from server.rpc import health, inference, sessions, tasks
 from server.rpc.answer import Desk
 from server.rpc.front import Options, choose_front
+from server.store import open_store
 from server.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class App:
         self.workers = Workers(config.workers)
         limits = Limits(rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, workers=config.workers)
         self.catalog = Catalog(self.workers, limits, self.metrics, config.max_request_rows)
-        self.turns = Turns(self.catalog, self.workers, config.max_sessions, config.session_ttl)
+        self.store = open_store(config.store, config.durability)
+        self.turns = Turns(self.catalog, self.workers, self.store, config.max_sessions, config.session_ttl)
         services = [inference.SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
         self.health = health.Health(services)
         desk = Desk(self.metrics, config.access_log)

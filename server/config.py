@@ -28,6 +28,10 @@ class Config:
     chunk: int = _knob(32, "time steps of one round; the most that a newcomer waits behind a long sequence")
     max_queue: int = _knob(1024, "requests waiting or running per model; more are refused with a time to retry after")
     max_request_rows: int = _knob(256, "rows that one tensor request may bring")
+    store: str = _knob("memory", "where sessions survive: memory, lmdb:PATH, redis://HOST:PORT")
+    durability: str = _knob(
+        "process", "what an answered turn survives: none, process (kill -9), disk (a power cut); memory survives nothing"
+    )
     max_sessions: int = _knob(100_000, "sessions open at once; one more is refused with a time to retry after")
     session_ttl: float = _knob(3600.0, "seconds a session lives after its last turn, where its caller names none")
     max_message_bytes: int = _knob(16 << 20, "size of one message; larger ones are refused")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -106,8 +106,9 @@ class Sessions:
     def __contains__(self, id: str) -> bool:
         return id in self._live
 
-    def open(self, kept: Kept, now: float) -> Session:
-        """A new session, or one that was kept elsewhere. Raises Conflict where its id lives, Overloaded past the quota."""
+    def open(self, kept: Kept, now: float, left: float | None = None) -> Session:
+        """A new session, or one that was kept elsewhere, with `left` seconds to live (None: its ttl). Raises Conflict where its
+        id lives, Overloaded past the quota."""
         if kept.id in self._live:
             turn = self._live[kept.id].kept.turn
             message = f"session {kept.id!r} is open; use another id, or go on with turn {turn + 1}"
@@ -119,7 +120,7 @@ class Sessions:
                 retry_after=soonest, limit=self._most,
             )  # fmt: skip
         self._ended.pop(kept.id, None)
-        session = self._live[kept.id] = Session(kept, now + kept.ttl)
+        session = self._live[kept.id] = Session(kept, now + (kept.ttl if left is None else left))
         heapq.heappush(self._deadlines, (session.expires, next(self._tie), kept.id))
         return session
 
@@ -129,9 +130,13 @@ class Sessions:
         if session is not None:
             return session
         if id in self._ended:
-            why, turn = self._ended[id]
-            raise Gone(f"SESSION_{why.upper()}", f"session {id!r} {_HOW[why]} after turn {turn}; open a new one", session=id, turn=turn)
+            raise self.ended(id)
         raise NotFound("UNKNOWN_SESSION", f"there is no session {id!r}; open one", session=id)
+
+    def ended(self, id: str) -> Gone:
+        """What to tell of a session that has ended."""
+        why, turn = self._ended[id]
+        return Gone(f"SESSION_{why.upper()}", f"session {id!r} {_HOW[why]} after turn {turn}; open a new one", session=id, turn=turn)
 
     def begin(self, id: str, turn: int, digest: bytes, work: Any, acknowledged: int, now: float) -> Begun:
         """Take turn `turn` of a session, with the digest of what it brings. Raises Gap, Conflict, Overloaded, or as find."""
@@ -164,15 +169,17 @@ class Sessions:
         session.line.append(pending)
         return Begun(pending=pending, run=len(session.line) == 1)
 
-    def commit(self, session: Session, replies: Iterable[bytes], state: Any, now: float) -> list[Pending]:
-        """The first turns in line ran, one per reply: apply them together. Gives them back, to be answered."""
-        done, answered = [], []
-        for reply in replies:
-            pending = session.line.popleft()
-            done.append(pending)
-            answered.append(Answered(pending.turn, pending.digest, reply))
+    def applied(self, session: Session, replies: Sequence[bytes], state: Any) -> Kept:
+        """What the session is to be once the first turns in line, one per reply, are applied: to be stored first."""
         kept = session.kept
-        session.kept = replace(kept, turn=kept.turn + len(done), state=state, replies=(*kept.replies, *answered))
+        answered = [Answered(p.turn, p.digest, reply) for p, reply in zip(session.line, replies, strict=False)]
+        return replace(kept, turn=kept.turn + len(answered), state=state, replies=(*kept.replies, *answered))
+
+    def commit(self, session: Session, kept: Kept, now: float) -> list[Pending]:
+        """Make it so. Gives back the turns that are applied now, to be answered."""
+        done = [session.line.popleft() for _ in range(kept.turn - session.kept.turn)]
+        acknowledged = session.kept.acknowledged  # the caller may have acknowledged more meanwhile
+        session.kept = replace(kept, acknowledged=acknowledged, replies=_after(kept.replies, acknowledged))
         self._touch(session, now)
         return done
 

@@ -13,17 +13,19 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from server.catalog import Catalog, Model
 from server.engine import Clock, Workers
-from server.errors import Conflict, Gone, InvalidInput, ModelFailed, ServeError
+from server.errors import Conflict, Gone, InvalidInput, ModelFailed, NotFound, ServeError, listed
 from server.inputs import Array, Sizes
+from server.records import Record, Unreadable, fits
 from server.sequence import Outputs, Sequence
 from server.sessions import Kept, Pending, Session, Sessions
 from server.states import Rows
+from server.store import Durability, Refusal, Store
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +87,20 @@ class _Round(threading.local):
 class Turns:
     """All live sessions of a server."""
 
-    def __init__(self, catalog: Catalog, workers: Workers, most: int, ttl: float, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        workers: Workers,
+        store: Store,
+        most: int,
+        ttl: float,
+        clock: Clock = time.monotonic,
+        wall: Clock = time.time,
+    ) -> None:
         self._catalog = catalog
+        self._store = store
+        self._wall = wall  # records outlive the process whose monotonic clock counts
+        self._unfit: dict[str, ServeError] = {}  # stored sessions that can't be taken up
         workers.after_round = self._after_round
         self._ttl = ttl
         self._clock = clock
@@ -97,6 +111,22 @@ class Turns:
         self._expiry = threading.Thread(target=self._expire, name="session-expiry", daemon=True)
 
     def start(self) -> None:
+        """Take up what survived, and begin to expire."""
+        for found in () if self._store.shared else self._store.scan():
+            if isinstance(found, Refusal):
+                log.error("a stored session%s is refused: %s: %s", f" {found.id!r}" if found.id else "", found.reason, found.message)
+                if found.id:
+                    message = f"session {found.id!r} can't be read from the store: {found.message}; open a new one"
+                    self._unfit[found.id] = Gone("RECORD_" + found.reason, message, session=found.id)
+                continue
+            try:
+                self._take_up(found)
+            except ServeError as e:
+                log.error("stored session %r is refused: %s", found.kept.id, e.message)
+                self._unfit[found.kept.id] = e
+        with self._wake:
+            if len(self._sessions):
+                log.info("took up %d sessions", len(self._sessions))
         self._expiry.start()
 
     def stop(self) -> None:
@@ -104,6 +134,9 @@ class Turns:
             self._stopping = True
             self._wake.notify_all()
         self._expiry.join()
+        if self._store.durability is Durability.NONE:
+            self._write(self.all(), always=True)
+        self._store.close()
 
     def open(self, model: str, version: str, id: str = "", ttl: float = 0.0) -> Kept:
         """A new session of a model. Raises NotFound, InvalidInput, Conflict or Overloaded."""
@@ -116,10 +149,21 @@ class Turns:
         if not 0 <= ttl <= 1e9:
             raise InvalidInput("BAD_TTL", f"ttl {ttl}; allowed are 0 (the default, {self._ttl:g} s) to 1e9 seconds", got=ttl)
         kept = Kept(id or _new_id(), found.name, found.version, found.bundle.fingerprint, ttl or self._ttl, state=Memory())
+        self._find(kept.id)
         with self._wake:
             self._sessions.open(kept, self._clock())
             self._wake.notify_all()
+        self._keep(kept)
         return kept
+
+    def _keep(self, kept: Kept) -> None:
+        """Store a session just made; where that fails it was not made."""
+        try:
+            self._write([kept])
+        except ServeError:
+            with self._wake:
+                self._sessions.close(kept.id)
+            raise
 
     def turn(self, id: str, turn: int | None, digest: bytes, brought: Brought, acknowledged: int | None, told: Told) -> None:
         """Take a turn; `told` is called once with its reply or why there is none, from this thread or a worker's.
@@ -127,6 +171,7 @@ class Turns:
         A caller that does not number its turns (None) means the next, and can't send one again; one that acknowledges
         nothing (None) has the reply of every turn before this one.
         """
+        self._find(id)
         with self._wake:
             if turn is None:
                 turn = self._sessions.find(id).next
@@ -140,10 +185,12 @@ class Turns:
             self._run(session)
 
     def lives(self, id: str) -> bool:
+        self._find(id)
         with self._wake:
             return id in self._sessions
 
     def get(self, id: str) -> Kept:
+        self._find(id)
         with self._wake:
             return self._sessions.find(id).kept
 
@@ -154,24 +201,30 @@ class Turns:
     def fork(self, id: str, new: str = "") -> Kept:
         """Another session that goes on from the last applied turn of this one."""
         _check_id(new)
+        self._find(id)
         with self._wake:
             kept = self._sessions.fork(id, new or _new_id(), self._clock()).kept
             self._wake.notify_all()
-            return kept
+        self._keep(kept)
+        return kept
 
     def close(self, id: str) -> Kept:
         """End a session; turns under way are told that it is closed."""
+        self._find(id)
+        kept = self._end(id, "closed")
+        self._write((), [id])
+        return kept
+
+    def _end(self, id: str, why: str) -> Kept:
         with self._wake:
-            session = self._sessions.close(id)
+            session = self._sessions.close(id, why)
             dropped = self._sessions.abort(session)
+            told = self._sessions.ended(id)
         if dropped:
             sequence = dropped[0].work.sequence
             if sequence is not None:
                 self._catalog.find(session.kept.model, session.kept.version).engine.cancel(sequence)
-            turn = session.kept.turn
-            self._tell(
-                dropped, Gone("SESSION_CLOSED", f"session {id!r} was closed after turn {turn}; open a new one", session=id, turn=turn)
-            )
+            self._tell(dropped, told)
         return session.kept
 
     def _run(self, session: Session) -> None:
@@ -219,17 +272,72 @@ class Turns:
         self._round.ran.append(_Ran(session, plan.answer(outputs), Memory(rows, plan.rest)))
 
     def _after_round(self) -> None:
-        """All turns that a round of this thread completed: apply them, answer, go on with what waits in line."""
+        """All turns that a round of this thread completed: store them in one commit, apply them, answer, and go on with what
+        waits in line. Stored before they are applied: nobody is told of a turn that a crash could undo."""
         ran, self._round.ran = self._round.ran, []
-        for turn in ran:
+        if not ran:
+            return
+        with self._wake:
+            applied = [(t, self._sessions.applied(t.session, [t.reply], t.memory)) for t in ran if t.session.line]
+        try:
+            moved = self._write([kept for _, kept in applied])
+        except ServeError as e:
+            for turn, _ in applied:
+                self._failed(turn.session, e)
+            return
+        for turn, kept in applied:
+            if kept.id in moved:
+                self._end(kept.id, "moved")
+                continue
             with self._wake:
-                if not turn.session.line:
-                    continue  # closed meanwhile
-                done = self._sessions.commit(turn.session, [turn.reply], turn.memory, self._clock())
+                over = not turn.session.line  # closed meanwhile: it must not come back from the store
+                done = [] if over else self._sessions.commit(turn.session, kept, self._clock())
                 following = bool(turn.session.line)
+            if over:
+                self._store.write((), [kept.id])
             self._tell(done, turn.reply)
             if following:
                 self._run(turn.session)
+
+    def _write(self, every: Iterable[Kept], removed: Iterable[str] = (), *, always: bool = False) -> frozenset[str]:
+        if self._store.durability is Durability.NONE and not always:
+            return frozenset()
+        wall = self._wall()
+        return self._store.write([_record(kept, wall + kept.ttl) for kept in every], removed)
+
+    def _take_up(self, record: Record) -> None:
+        """A session that survived goes on, if the model that made its state is here. Raises Gone, Conflict or Overloaded."""
+        kept = record.kept
+        try:
+            model = self._catalog.find(kept.model, kept.version)
+        except NotFound as e:
+            raise _unfit(kept, "MODEL_GONE", f"its model is not here: {e.message}") from None
+        if model.bundle.fingerprint != kept.fingerprint:
+            raise _unfit(kept, "FINGERPRINT_MISMATCH", f"another {kept.model!r} version {kept.version} made its state")
+        if fault := fits(record, model.bundle.graph):
+            raise _unfit(kept, "STATE_MISMATCH", fault)
+        rows = Rows(record.arrays, 0, 1) if record.arrays is not None else None
+        left = record.expires - self._wall()
+        with self._wake:
+            self._sessions.open(replace(kept, state=Memory(rows, record.rest)), self._clock(), left)
+            self._wake.notify_all()
+
+    def _find(self, id: str) -> None:
+        """See that a session is in memory, if it is anywhere. Raises Gone, where what is stored can't be taken up."""
+        with self._wake:
+            if id in self._sessions:
+                return
+            unfit = self._unfit.get(id)
+        if unfit is not None:
+            raise unfit
+        if not self._store.shared:
+            return  # all of this store's were taken up at the start
+        try:
+            record = self._store.read(id)
+        except Unreadable as e:
+            raise Gone("RECORD_" + e.reason, f"session {id!r} can't be read from the store: {e}; open a new one", session=id) from None
+        if record is not None and record.expires > self._wall():
+            self._take_up(record)
 
     def _failed(self, session: Session, error: ServeError) -> None:
         """The first turn in line could not be run: it is told why, those behind it that they come too early now."""
@@ -255,10 +363,33 @@ class Turns:
         with self._wake:
             while not self._stopping:
                 now = self._clock()
-                for session in self._sessions.expired(now):
-                    log.info("session %s expired after turn %d", session.kept.id, session.kept.turn)
+                late = [session.kept.id for session in self._sessions.expired(now)]
+                if late:
+                    self._wake.release()  # the store may take its time
+                    try:
+                        self._forget(late)
+                    finally:
+                        self._wake.acquire()
+                    continue
                 at = self._sessions.wake_at()
                 self._wake.wait(None if at is None else max(0.0, at - now))
+
+    def _forget(self, late: list[str]) -> None:
+        log.info("expired: %s", listed(late))
+        try:
+            self._write((), late)
+        except ServeError as e:
+            log.warning("expired sessions stay in the store: %s", e.message)  # they are refused by their deadline all the same
+
+
+def _record(kept: Kept, expires: float) -> Record:
+    memory: Memory = kept.state
+    return Record(kept, expires, memory.rows.bank if memory.rows is not None else None, memory.rest)
+
+
+def _unfit(kept: Kept, reason: str, why: str) -> Gone:
+    message = f"session {kept.id!r} can't go on after turn {kept.turn}: {why}; open a new one"
+    return Gone(reason, message, session=kept.id, turn=kept.turn)
 
 
 def _new_id() -> str:

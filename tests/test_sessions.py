@@ -51,7 +51,7 @@ class Told:
         for pending in list(session.line)[: int(count)]:
             state += pending.work
             replies.append(f"read {state}".encode())
-        done = self.sessions.commit(session, replies, state, self.now)
+        done = self.sessions.commit(session, self.sessions.applied(session, replies, state), self.now)
         return "\n".join(f"{id}@{p.turn} => {r.decode()}" + ", twice" * bool(p.again) for p, r in zip(done, replies, strict=True))
 
     def failed(self, id: str) -> str:
@@ -138,7 +138,7 @@ class AgainstTheModel(RuleBasedStateMachine):
         self.applied[id] += works
         first = session.kept.turn + 1
         replies = [self._reply(id, first + i) for i in range(len(works))]
-        self.sessions.commit(session, replies, "".join(self.applied[id]), self.now)
+        self.sessions.commit(session, self.sessions.applied(session, replies, "".join(self.applied[id])), self.now)
 
     @rule(id=ids)
     def failed(self, id: str) -> None:

@@ -98,7 +98,7 @@ class Options:
     """What an operator may want to change about a front."""
 
     max_receive_bytes: int = 16 << 20
-    """Longest message accepted; a longer one gets RESOURCE_EXHAUSTED. gRPC's own default of 4 MiB is one second of 1M floats."""
+    """Longest message accepted; a longer one gets RESOURCE_EXHAUSTED. gRPC's own default, 4 MiB, is one series of a million floats."""
 
     max_send_bytes: int = -1
     """Longest message sent; -1 is no limit, since the messages are our own."""
@@ -155,7 +155,7 @@ def choose_front(which: str = "auto") -> type[Front]:
         return queue_front.QueueFront
     if which == "queue":
         raise RuntimeError(f"the completion-queue front cannot be used: {fault}")
-    logger.warning("calls are carried by grpcio's public API, about four times slower: %s", fault)
+    logger.warning("calls are carried by grpcio's public API, at several times the CPU: %s", fault)
     return public_front.PublicFront
 
 

@@ -1,12 +1,12 @@
 """The front on grpcio's public API alone, for a grpcio that `queue_front` was not tested with.
 
 grpc.aio runs in an event loop on a thread of its own, so a call that waits for the engine costs no thread (a thread pool would need
-one for each). The price is the loop itself: about four times the CPU per call, and a wake-up of the loop between a round's end and
+one for each). The price is the loop itself: four to six times the CPU per call, and a wake-up of the loop between a round's end and
 the socket. Every method is carried as a stream, which is the same on the wire; only how many messages pass differs.
 """
 
 import asyncio
-import contextlib
+import functools
 import logging
 import threading
 import time
@@ -110,8 +110,7 @@ class _Call:
         self._status = (status, status_text(text), trailing)
 
     def _wake(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has been closed, and with it every call
-            self._front.loop.call_soon_threadsafe(self._work.set)
+        self._front.loop.call_soon_threadsafe(self._work.set)
 
     def on_gone(self, callback: Callable[[], None]) -> None:
         with self._lock:
@@ -219,19 +218,29 @@ class _Router(grpc.GenericRpcHandler):
         return grpc.stream_stream_rpc_method_handler(cast(Any, carry))
 
 
+@functools.cache
+def _the_loop() -> asyncio.AbstractEventLoop:
+    """The one event loop of all fronts of this process. It is never closed: grpc.aio hands late events to the loop in which a call
+    ran, and events of other loops are lost if that is closed."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="seqserve-front", daemon=True).start()
+    loop.call_soon_threadsafe(grpc.aio.init_grpc_aio)  # keep its own thread as well, from one front to the next
+    return loop
+
+
 class PublicFront:
     """See the module for what it costs and `front.Front` for what each method promises."""
 
     def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS) -> None:
         self.options = options
-        self.loop = asyncio.new_event_loop()
+        self.loop = _the_loop()
         self._methods = dict(methods)
         self._calls: set[_Call] = set()
-        self._lock = threading.Lock()  # of the stages: `_started`, `_draining`, `_stopped`
-        self._started = self._stopped = False
+        self._idle = asyncio.Event()  # no calls
+        self._idle.set()
+        self._lock = threading.Lock()  # of the two stages below
+        self._started = False
         self._draining: asyncio.Task[None] | None = None
-        self._thread = threading.Thread(target=self._run, name="seqserve-front", daemon=True)
-        self._thread.start()
         self._server = self._do(self._create())
 
     @property
@@ -261,19 +270,7 @@ class PublicFront:
 
     def stop(self, grace_s: float) -> None:
         self.drain()
-        with self._lock:
-            if self._stopped:
-                return
-            self._stopped = True
-        self._do(self._server.stop(grace_s))
-        self._do(self._rest())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
-        self.loop.close()
+        self._do(self._stop(grace_s))
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
@@ -291,10 +288,9 @@ class PublicFront:
         await asyncio.sleep(0)  # it has told gRPC by now
         return stopping
 
-    async def _rest(self) -> None:
-        """Wait for the coroutines of calls that `stop` cancelled."""
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*others, return_exceptions=True)
+    async def _stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+        await self._idle.wait()
 
     async def carry(self, name: str, context: Context) -> None:
         method = self._methods.get(name)
@@ -303,7 +299,10 @@ class PublicFront:
             return
         call = _Call(self, name, method.kind, context)
         self._calls.add(call)
+        self._idle.clear()
         try:
             await call.carry(method)
         finally:
             self._calls.discard(call)
+            if not self._calls:
+                self._idle.set()

@@ -13,7 +13,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from contract.bundle import DTYPES, Graph, State, Tensor
-from server.records import DAMAGED, FOREIGN, INLINE, INLINE_BYTES, OTHER_FORMAT, SHORT, Page, Record, Stored, Unreadable, decode, encode, fits
+from server.records import (
+    DAMAGED,
+    FOREIGN,
+    INLINE,
+    INLINE_BYTES,
+    OTHER_FORMAT,
+    SHORT,
+    Page,
+    Record,
+    Stored,
+    Unreadable,
+    decode,
+    encode,
+    fits,
+)
 from server.sessions import WINDOW, Answered, Kept
 
 TEXT = st.text(max_size=20)

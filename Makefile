@@ -6,10 +6,10 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?=
 
-.PHONY: serve demo test check quality protos setup setup-dev clean
+.PHONY: serve demo test check quality crash protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
-	$(BIN)/seqserve serve $(RUN)
+	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
 
 demo: setup             ## start a server, ask it real questions, stop it
 	$(BIN)/seqserve demo
@@ -27,6 +27,9 @@ check: setup-dev        ## format, lint, types, import arrows, generated stubs
 quality: setup-dev      ## the shipped bundles on the full test sets: DATA=DIR, RUN=--served over gRPC
 	$(BIN)/python -m tests.figures.quality --data $(DATA) $(RUN)
 
+crash: setup-dev        ## live sessions under kill -9: nothing lost, nothing doubled; RUN="--store redis://HOST"
+	$(BIN)/python -m tests.figures.crash $(RUN)
+
 protos: setup-dev       ## write the stubs anew from protos/*.proto
 	$(BIN)/python -m protos
 
@@ -42,7 +45,7 @@ setup-dev: .venv/.dev
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[cpu,train,dev]'
+	$(PIP) --editable '.[cpu,redis,train,dev]'
 	touch $@ .venv/.serve
 
 clean:

@@ -1,13 +1,13 @@
 """The asyncio client: the same calls as `client.Client`, awaited.
 
-What it sends and how replies are read is in `wire` and `inference`, when it tries again in `retry`. One client belongs to one event
-loop: the connection is made at the first call, on the loop that runs then.
+What it sends and how replies are read is in `wire`, `turns` and `inference`, when it tries again in `retry`; sessions are
+in `aio_session`. One client belongs to one event loop: the connection is made at the first call, on the loop that runs then.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -15,7 +15,8 @@ import grpc
 import grpc.aio
 from numpy.typing import ArrayLike
 
-from seqserve import errors, inference, results, retry, wire
+from seqserve import errors, inference, results, retry, turns, wire
+from seqserve.aio_session import AsyncSession
 from seqserve.client import OPTIONS, RETRIES, TIMEOUT
 
 R = TypeVar("R")
@@ -129,6 +130,25 @@ class AsyncClient:
         """Runs a model's main graph on arrays (Open Inference Protocol); `model_metadata` says which it takes."""
         return await self._call(inference.infer(model, inputs, outputs, version, id, parameters), timeout)
 
+    def session(
+        self, model: str, version: str = "", id: str = "", ttl: float = 0.0, *, close: bool = True, timeout: float | None = None
+    ) -> AsyncSession:
+        """A session of a model, for `with`: what is sent to it goes on from what was sent before.
+
+        Empty choices are the server's own: the newest version, a new id, its usual time to live. `ttl` is in seconds
+        after the last turn. `close` tells whether leaving the `with` block ends it; `timeout` is its calls' default.
+        """
+        return AsyncSession(self, turns.opening(model, version, id, ttl), close, timeout)
+
+    def resume(self, id: str, turn: int | None = None, *, close: bool = True, timeout: float | None = None) -> AsyncSession:
+        """A session that exists, taken up again after `turn`, the last whose answer you have; without it, after the last
+        turn applied. A turn that was applied beyond it is answered again when it is sent again."""
+        return AsyncSession(self, turns.resuming(id, turn), close, timeout)
+
+    async def sessions(self, limit: int = 0, after: str = "", *, timeout: float | None = None) -> list[results.SessionInfo]:
+        """The open sessions by id, at most `limit` of them (0: 1,000), from the first id after `after`."""
+        return await self._call(turns.listed(limit, after), timeout)
+
     async def models(self, *, timeout: float | None = None) -> list[results.Model]:
         """What the server serves, every version of it."""
         return await self._call(wire.models(), timeout)
@@ -166,12 +186,17 @@ class AsyncClient:
         return self._channel
 
     async def _call(self, call: wire.Call[R], timeout: float | None) -> R:
+        return await self._tried(call, self._tries(timeout))
+
+    def _tries(self, timeout: float | None, limit: int | None = None) -> retry.Tries:
+        return retry.Tries(self._retries if limit is None else limit, self._timeout if timeout is None else timeout)
+
+    async def _tried(self, call: wire.Call[R], tries: retry.Tries) -> R:
         if (send := self._unary.get(call.path)) is None:
             send = self._unary[call.path] = self._connected().unary_unary(call.path, bytes, bytes)
-        tries = retry.Tries(self._retries, self._timeout if timeout is None else timeout)
         while True:
             try:
-                return call.read(await send(call.request, timeout=tries.left(), metadata=self._metadata))
+                return call.read(await send(call.request, timeout=tries.left(), metadata=(*self._metadata, *call.metadata)))
             except grpc.aio.AioRpcError as e:
                 failure = errors.from_rpc(e)
                 if call.absent is not None and isinstance(failure, errors.Unavailable):
@@ -184,7 +209,7 @@ class AsyncClient:
         """As `_call`, but tried again only while nothing has come: pieces given out can't be taken back."""
         if (send := self._streams.get(call.path)) is None:
             send = self._streams[call.path] = self._connected().unary_stream(call.path, bytes, bytes)
-        tries = retry.Tries(self._retries, self._timeout if timeout is None else timeout)
+        tries = self._tries(timeout)
         begun = False
         while True:
             replies: Any = send(call.request, timeout=tries.left(), metadata=self._metadata)
@@ -200,6 +225,11 @@ class AsyncClient:
             finally:
                 replies.cancel()  # nothing where it is over; where the caller left, the server is told
             await self._sleep(wait)
+
+    def _turns(self, messages: AsyncIterator[bytes], timeout: float, metadata: Sequence[tuple[str, str]]) -> Any:
+        """One stream of turns: an iterator of replies that can be cancelled."""
+        send = self._connected().stream_stream(turns.STREAM, bytes, bytes)
+        return send(messages, timeout=timeout, metadata=(*self._metadata, *metadata))
 
     async def _sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

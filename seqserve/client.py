@@ -1,4 +1,5 @@
-"""The blocking client. What it sends and how replies are read is in `wire` and `inference`, when it tries again in `retry`.
+"""The blocking client. What it sends and how replies are read is in `wire`, `turns` and `inference`, when it tries again
+in `retry`; sessions are in `session`.
 
 Safe to use from many threads and from greenlets: it keeps no state between calls and starts no thread of its own.
 `aio` is its asyncio twin; both have the same methods.
@@ -7,14 +8,15 @@ Safe to use from many threads and from greenlets: it keeps no state between call
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
 import grpc
 from numpy.typing import ArrayLike
 
-from seqserve import errors, inference, results, retry, wire
+from seqserve import errors, inference, results, retry, turns, wire
+from seqserve.session import Session
 
 R = TypeVar("R")
 
@@ -149,6 +151,25 @@ class Client:
         """Runs a model's main graph on arrays (Open Inference Protocol); `model_metadata` says which it takes."""
         return self._call(inference.infer(model, inputs, outputs, version, id, parameters), timeout)
 
+    def session(
+        self, model: str, version: str = "", id: str = "", ttl: float = 0.0, *, close: bool = True, timeout: float | None = None
+    ) -> Session:
+        """A session of a model, for `with`: what is sent to it goes on from what was sent before.
+
+        Empty choices are the server's own: the newest version, a new id, its usual time to live. `ttl` is in seconds
+        after the last turn. `close` tells whether leaving the `with` block ends it; `timeout` is its calls' default.
+        """
+        return Session(self, turns.opening(model, version, id, ttl), close, timeout)
+
+    def resume(self, id: str, turn: int | None = None, *, close: bool = True, timeout: float | None = None) -> Session:
+        """A session that exists, taken up again after `turn`, the last whose answer you have; without it, after the last
+        turn applied. A turn that was applied beyond it is answered again when it is sent again."""
+        return Session(self, turns.resuming(id, turn), close, timeout)
+
+    def sessions(self, limit: int = 0, after: str = "", *, timeout: float | None = None) -> list[results.SessionInfo]:
+        """The open sessions by id, at most `limit` of them (0: 1,000), from the first id after `after`."""
+        return self._call(turns.listed(limit, after), timeout)
+
     def models(self, *, timeout: float | None = None) -> list[results.Model]:
         """What the server serves, every version of it."""
         return self._call(wire.models(), timeout)
@@ -178,12 +199,17 @@ class Client:
         return self._call(wire.health(service), timeout)
 
     def _call(self, call: wire.Call[R], timeout: float | None) -> R:
+        return self._tried(call, self._tries(timeout))
+
+    def _tries(self, timeout: float | None, limit: int | None = None) -> retry.Tries:
+        return retry.Tries(self._retries if limit is None else limit, self._timeout if timeout is None else timeout)
+
+    def _tried(self, call: wire.Call[R], tries: retry.Tries) -> R:
         if (send := self._unary.get(call.path)) is None:
             send = self._unary[call.path] = self._channel.unary_unary(call.path, bytes, bytes)
-        tries = retry.Tries(self._retries, self._timeout if timeout is None else timeout)
         while True:
             try:
-                return call.read(send(call.request, timeout=tries.left(), metadata=self._metadata))
+                return call.read(send(call.request, timeout=tries.left(), metadata=(*self._metadata, *call.metadata)))
             except grpc.RpcError as e:
                 failure = errors.from_rpc(e)
                 if call.absent is not None and isinstance(failure, errors.Unavailable):
@@ -196,7 +222,7 @@ class Client:
         """As `_call`, but tried again only while nothing has come: pieces given out can't be taken back."""
         if (send := self._streams.get(call.path)) is None:
             send = self._streams[call.path] = self._channel.unary_stream(call.path, bytes, bytes)
-        tries = retry.Tries(self._retries, self._timeout if timeout is None else timeout)
+        tries = self._tries(timeout)
         begun = False
         while True:
             replies: Any = send(call.request, timeout=tries.left(), metadata=self._metadata)
@@ -212,6 +238,11 @@ class Client:
             finally:
                 replies.cancel()  # nothing where it is over; where the caller left, the server is told
             self._sleep(wait)
+
+    def _turns(self, messages: Iterator[bytes], timeout: float, metadata: Sequence[tuple[str, str]]) -> Any:
+        """One stream of turns: an iterator of replies that can be cancelled."""
+        send = self._channel.stream_stream(turns.STREAM, bytes, bytes)
+        return send(messages, timeout=timeout, metadata=(*self._metadata, *metadata))
 
     def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -175,7 +175,7 @@ def decode(value: bytes, page: Callable[[int], bytes | None]) -> Stored:
             raise Unreadable(DAMAGED, f"replies of turns {named.first} to {named.last} are missing")
         replies += _replies_of(found, kept.id, named)
     replies = [a for a in replies if a.turn > kept.acknowledged] + inline
-    if [a.turn for a in replies] != [*range(kept.acknowledged + 1, kept.turn + 1)]:
+    if len(replies) != kept.turn - kept.acknowledged or any(a.turn != turn for turn, a in enumerate(replies, kept.acknowledged + 1)):
         raise Unreadable(DAMAGED, f"replies of turns {kept.acknowledged + 1} to {kept.turn} are not all there")
     kept = Kept(kept.id, kept.model, kept.version, kept.fingerprint, kept.ttl, kept.turn, kept.acknowledged, None, tuple(replies))
     return Stored(Record(kept, record.expires, record.arrays, record.rest), pages)

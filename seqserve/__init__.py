@@ -5,10 +5,15 @@
         client.translate("A dog runs along the beach.", target="de", beam=5)
         client.forecast(observations)  # steps × channels
 
+        with client.session("sentiment") as s:  # state stays on the server between calls
+            s.send("A slow start, ")
+            s.send("but the last hour is superb.")
+
 `AsyncClient` is the same for asyncio. What goes wrong is a `seqserve.Error`; see `seqserve.errors` for the tree.
 """
 
 from seqserve.aio import AsyncClient
+from seqserve.aio_session import AsyncSession
 from seqserve.client import Client
 from seqserve.errors import (
     Cancelled,
@@ -20,6 +25,9 @@ from seqserve.errors import (
     NotFound,
     Overloaded,
     ServerError,
+    SessionConflict,
+    SessionGone,
+    SessionNotFound,
     TooLarge,
     Unavailable,
 )
@@ -30,15 +38,19 @@ from seqserve.results import (
     Model,
     ModelMetadata,
     ServerMetadata,
+    SessionInfo,
     TensorMetadata,
+    Tensors,
     Timing,
     Token,
     Translation,
     TranslationPiece,
 )
+from seqserve.session import Session
 
 __all__ = [
     "AsyncClient",
+    "AsyncSession",
     "Cancelled",
     "Classification",
     "Client",
@@ -55,7 +67,13 @@ __all__ = [
     "Overloaded",
     "ServerError",
     "ServerMetadata",
+    "Session",
+    "SessionConflict",
+    "SessionGone",
+    "SessionInfo",
+    "SessionNotFound",
     "TensorMetadata",
+    "Tensors",
     "Timing",
     "Token",
     "TooLarge",

@@ -1,6 +1,6 @@
 """The asyncio client: the same calls as `client.Client`, awaited.
 
-What it sends and how replies are read is in `wire`, `turns` and `inference`, when it tries again in `retry`; sessions are
+What it sends and how replies are read is in `wire`, `sessions` and `inference`, when it tries again in `retry`; sessions are
 in `aio_session`. One client belongs to one event loop: the connection is made at the first call, on the loop that runs then.
 """
 
@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 from numpy.typing import ArrayLike
 
-from seqserve import errors, inference, results, retry, turns, wire
+from seqserve import errors, inference, results, retry, sessions, turns, wire
 from seqserve.aio_session import AsyncSession
 from seqserve.client import OPTIONS, RETRIES, TIMEOUT
 
@@ -138,16 +138,16 @@ class AsyncClient:
         Empty choices are the server's own: the newest version, a new id, its usual time to live. `ttl` is in seconds
         after the last turn. `close` tells whether leaving the `with` block ends it; `timeout` is its calls' default.
         """
-        return AsyncSession(self, turns.opening(model, version, id, ttl), close, timeout)
+        return AsyncSession(self, sessions.opening(model, version, id, ttl), close, timeout)
 
     def resume(self, id: str, turn: int | None = None, *, close: bool = True, timeout: float | None = None) -> AsyncSession:
         """A session that exists, taken up again after `turn`, the last whose answer you have; without it, after the last
         turn applied. A turn that was applied beyond it is answered again when it is sent again."""
-        return AsyncSession(self, turns.resuming(id, turn), close, timeout)
+        return AsyncSession(self, sessions.resuming(id, turn), close, timeout)
 
     async def sessions(self, limit: int = 0, after: str = "", *, timeout: float | None = None) -> list[results.SessionInfo]:
         """The open sessions by id, at most `limit` of them (0: 1,000), from the first id after `after`."""
-        return await self._call(turns.listed(limit, after), timeout)
+        return await self._call(sessions.listed(limit, after), timeout)
 
     async def models(self, *, timeout: float | None = None) -> list[results.Model]:
         """What the server serves, every version of it."""

@@ -120,6 +120,7 @@ def _parser(rooms: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentParser
         "  seqserve serve                                     start a server\n"
         "  seqserve classify 'A film to remember.'            ask it\n"
         "  seqserve translate --stream 'A dog runs.'          see the tokens come\n"
+        "  seqserve session sentiment                         type a text, see its score change\n"
         "  seqserve demo                                      see everything once\n\n"
         "`seqserve COMMAND --help` has the options of a command, with examples.",
     )
@@ -179,6 +180,32 @@ def _parser(rooms: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentParser
     c.add_argument("--quantiles", metavar="Q,Q", type=_numbers, default=[], help="such as 0.1,0.9; default: all the model has")
     c.add_argument("--columns", metavar="NAME,NAME", type=lambda s: s.split(","), help="the model's channels, in its order")
     _model_options(c)
+
+    c = add(
+        "session", commands.session, "talk to a model that remembers",
+        "Opens a session of MODEL: each line of standard input is a turn, and its answer is of all turns so far.\n"
+        "A classifier takes a piece of text a line, a forecaster an observation (a row of CSV; the heading may be left out\n"
+        "where there is a number for each channel), any other model a JSON object of tensors by name. The session is\n"
+        "closed in the end, unless it is kept.",
+        "seqserve session sentiment",
+        "fold -s -w 40 review.txt | seqserve session sentiment --json",
+        "tail -f log.csv | seqserve session forecaster --id boiler --keep",
+        "seqserve session --resume boiler --keep < more.csv",
+        "seqserve session --resume boiler < /dev/null        close it",
+    )  # fmt: skip
+    c.add_argument("model", metavar="MODEL", nargs="?", default="")
+    c.add_argument("--model-version", metavar="VERSION", default="", help="default: the newest")
+    c.add_argument("--id", metavar="ID", default="", help="a name of your own; default: a new one")
+    c.add_argument("--resume", metavar="ID", default="", help="go on with a session that was kept, after its last turn")
+    c.add_argument("--keep", action="store_true", help="do not close it in the end")
+    c.add_argument(
+        "--ttl", metavar="SECONDS", type=_seconds, default=0.0, help="it lives so long after its last turn; default: the server's"
+    )
+    c.add_argument("--columns", metavar="NAME,NAME", type=lambda s: s.split(","), help="a forecaster's channels, in its order")
+    c.add_argument("--json", action="store_true", help="print JSON, one object a turn")
+
+    c = add("sessions", commands.sessions, "list open sessions", "Lists the sessions that are open, by id.", "seqserve sessions --json")
+    c.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
     c = add(
         "models",

@@ -1,4 +1,4 @@
-"""The blocking client. What it sends and how replies are read is in `wire`, `turns` and `inference`, when it tries again
+"""The blocking client. What it sends and how replies are read is in `wire`, `sessions` and `inference`, when it tries again
 in `retry`; sessions are in `session`.
 
 Safe to use from many threads and from greenlets: it keeps no state between calls and starts no thread of its own.
@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 import grpc
 from numpy.typing import ArrayLike
 
-from seqserve import errors, inference, results, retry, turns, wire
+from seqserve import errors, inference, results, retry, sessions, turns, wire
 from seqserve.session import Session
 
 R = TypeVar("R")
@@ -159,16 +159,16 @@ class Client:
         Empty choices are the server's own: the newest version, a new id, its usual time to live. `ttl` is in seconds
         after the last turn. `close` tells whether leaving the `with` block ends it; `timeout` is its calls' default.
         """
-        return Session(self, turns.opening(model, version, id, ttl), close, timeout)
+        return Session(self, sessions.opening(model, version, id, ttl), close, timeout)
 
     def resume(self, id: str, turn: int | None = None, *, close: bool = True, timeout: float | None = None) -> Session:
         """A session that exists, taken up again after `turn`, the last whose answer you have; without it, after the last
         turn applied. A turn that was applied beyond it is answered again when it is sent again."""
-        return Session(self, turns.resuming(id, turn), close, timeout)
+        return Session(self, sessions.resuming(id, turn), close, timeout)
 
     def sessions(self, limit: int = 0, after: str = "", *, timeout: float | None = None) -> list[results.SessionInfo]:
         """The open sessions by id, at most `limit` of them (0: 1,000), from the first id after `after`."""
-        return self._call(turns.listed(limit, after), timeout)
+        return self._call(sessions.listed(limit, after), timeout)
 
     def models(self, *, timeout: float | None = None) -> list[results.Model]:
         """What the server serves, every version of it."""

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from seqserve import errors, inputs, results, show
 from seqserve.client import Client
+from seqserve.session import Session
+from seqserve.turns import Piece
 
 TEXTS = 256  # the server takes so many at once
 
@@ -24,10 +26,14 @@ def classify(client: Client, options: argparse.Namespace) -> None:
     while batch := list(itertools.islice(texts, TEXTS)):
         for text, c in zip(batch, client.classify(batch, options.model, options.model_version), strict=True):
             if options.json:
-                scores = {label: round(score, 6) for label, score in c.scores.items()}
-                _json({"text": text, "label": c.label, "score": round(c.score, 6), "scores": scores, "tokens": c.tokens})
+                _json(_labelled(text, c))
             else:
                 print(f"{c.label}  {c.score:6.1%}  {text}")
+
+
+def _labelled(text: str, c: results.Classification) -> dict[str, Any]:
+    scores = {label: round(score, 6) for label, score in c.scores.items()}
+    return {"text": text, "label": c.label, "score": round(c.score, 6), "scores": scores, "tokens": c.tokens}
 
 
 def translate(client: Client, options: argparse.Namespace) -> None:
@@ -124,11 +130,91 @@ def infer(client: Client, options: argparse.Namespace) -> None:
         _json({name: _plain(array) for name, array in answer.outputs.items()})
     else:
         for name, array in answer.outputs.items():
-            print(f"{name}  {array.dtype}{list(array.shape)}\n{np.array2string(array, precision=5, suppress_small=True)}")
+            print("\n".join(show.tensor(name, array)))
+
+
+def session(client: Client, options: argparse.Namespace) -> None:
+    """Each line, or row, of standard input is a turn, answered before the next is read."""
+    if not (options.model or options.resume):
+        raise inputs.Usage("name a MODEL, or a session with --resume ID")
+    close = not options.keep
+    if options.resume:
+        s = client.resume(options.resume, close=close)
+    else:
+        s = client.session(options.model, options.model_version, options.id, options.ttl, close=close)
+    with s:
+        if options.model not in ("", s.model):
+            s.detach()  # it is not what was meant: leave it alone
+            raise inputs.Usage(f"session {s.id} is of model {s.model}, not of {options.model}")
+        pieces, show_turn = _kind(client, s, options)
+        for said, piece in pieces:
+            try:
+                answer = s.send(piece)
+            except errors.InvalidInput as e:
+                if not sys.stdin.isatty():
+                    raise
+                print(f"seqserve session: {' '.join(str(e).split())}", file=sys.stderr)  # who types may try again
+                continue
+            show_turn(said, answer)
+    if options.keep:
+        print(f"seqserve session: kept after turn {s.turn}; go on with: seqserve session --resume {s.id}", file=sys.stderr)
+
+
+def _kind(client: Client, s: Session, options: argparse.Namespace) -> tuple[Iterator[tuple[str, Any]], Callable[[str, Any], None]]:
+    """What the turns of a model are: where they come from, each as text and as a piece, and how an answer is shown."""
+    found = next((m for m in client.models() if (m.name, m.version) == (s.model, s.version)), None)
+    kind, facts = (found.kind, found.facts) if found is not None else ("tensors", {})
+    pieces: Iterator[tuple[str, Piece]]
+    if kind == "classify":
+        pieces, what = ((line.rstrip("\r\n"), line) for line in inputs.lines() if line.strip()), "One piece of text a line"
+    elif kind == "forecast":
+        channels = [c for c in facts.get("channels", "").split(",") if c]
+        pieces = (("", row) for row in inputs.observations(options.columns, channels))
+        what = f"One observation a line, as CSV ({','.join(channels)})"
+    else:
+        datatypes = {t.name: t.datatype for t in client.model_metadata(s.model, s.version).inputs}
+        pieces = ((line.rstrip("\r\n"), inputs.tensors_of(line, datatypes)) for line in inputs.lines() if line.strip())
+        what = f"One JSON object a line, tensors by name ({', '.join(datatypes)})"
+    if sys.stdin.isatty():
+        print(f"Session {s.id} of {s.model} {s.version}. {what}, Ctrl-D to end:", file=sys.stderr)
+
+    def show_turn(said: str, answer: results.Answer) -> None:
+        if options.json:
+            _json({"session": s.id, "turn": s.turn, **_found(said, answer)})
+        else:
+            print("\n".join(show.turn(said, answer)), flush=True)
+
+    return pieces, show_turn
+
+
+def _found(said: str, answer: results.Answer) -> dict[str, Any]:
+    match answer:
+        case results.Classification():
+            return _labelled(said, answer)
+        case results.Forecast():
+            quantiles = {f"{q:g}": values[0].tolist() for q, values in answer.quantiles.items()}
+            return {"channels": answer.channels, "mean": answer.mean[0].tolist(), "quantiles": quantiles}
+        case _:
+            return {"outputs": {name: _plain(array) for name, array in answer.items()}}
+
+
+def sessions(client: Client, options: argparse.Namespace) -> None:
+    after, total = "", 0
+    heading: Sequence[Sequence[str]] = [["session", "model", "version", "turn", "lives for"]]
+    while page := client.sessions(after=after):
+        if options.json:
+            for i in page:
+                _json({"session": i.id, "model": i.model, "version": i.version, "turn": i.turn, "ttl": i.ttl})
+        else:
+            rows = [[i.id, i.model, i.version, str(i.turn), f"{i.ttl:g} s"] for i in page]
+            print("\n".join(show.table([*heading, *rows], right=(3, 4))))
+        heading, after, total = [], page[-1].id, total + len(page)
+    if not total and not options.json:
+        print("No session is open: open one with seqserve session MODEL", file=sys.stderr)
 
 
 def _json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def _plain(array: NDArray[Any]) -> Any:

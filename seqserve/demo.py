@@ -37,6 +37,8 @@ CAPTIONS = (
     "A little girl in a red dress is climbing a tree.",
     "A man is riding a bicycle down a busy street.",
 )
+PIECES = ("A slow, muddled first hour; ", "then the two leads wake up, ", "and the ending is a joy. I loved it.")
+OTHERWISE = "and it only gets worse. A complete waste of an evening."
 CHANNELS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")  # a power transformer's loads and oil temperature
 
 
@@ -134,7 +136,9 @@ def show_all(client: Client) -> None:
     show_stream(client)
     show_beam(client)
     show_forecast(client)
-    show_tensors(client, next(m for m in models if m.ready and m.kind == "classify"))
+    classifier = next(m for m in models if m.ready and m.kind == "classify")
+    show_session(client, classifier)
+    show_tensors(client, classifier)
 
 
 def show_classify(client: Client) -> None:
@@ -180,6 +184,22 @@ def show_forecast(client: Client) -> None:
     if not np.isfinite(answer.mean).all() or not len(answer.mean):
         raise Failed(f"the forecast is not a series of numbers: {answer}")
     print("\n".join(f"  {line}".rstrip() for line in show.forecast(observed, answer, CHANNELS)))
+
+
+def show_session(client: Client, model: Model) -> None:
+    """A text read piece by piece; its fork, before the last piece, ends otherwise. Both end as the whole text is read."""
+    began = time.perf_counter()
+    with client.session(model.name, model.version) as s:
+        lines = [(piece, s.send(piece)) for piece in PIECES[:-1]]
+        with s.fork() as fork:
+            lines += [(PIECES[-1], s.send(PIECES[-1])), ("… or: " + OTHERWISE, fork.send(OTHERWISE))]
+    _title("A session that remembers", f"{len(lines)} turns and a fork in {_ms(began)}")
+    for piece, answer in lines:
+        print(f"  {answer.label:8}  {answer.score:6.1%}  {piece}")
+    for last, (_, answer) in zip((PIECES[-1], OTHERWISE), lines[-2:], strict=True):
+        whole = client.classify("".join(PIECES[:-1]) + last, model.name, model.version)
+        if (answer.label, answer.score) != (whole.label, whole.score):
+            raise Failed(f"read in pieces the text is {answer}, whole it is {whole}")
 
 
 def show_tensors(client: Client, model: Model) -> None:

@@ -26,10 +26,11 @@ def texts(given: list[str]) -> Iterator[str]:
         return iter(given)
     if sys.stdin.isatty():
         print("One text a line, Ctrl-D to end:", file=sys.stderr)
-    return (line.rstrip("\r\n") for line in _lines() if line.strip())
+    return (line.rstrip("\r\n") for line in lines() if line.strip())
 
 
-def _lines() -> Iterator[str]:
+def lines() -> Iterator[str]:
+    """The lines of standard input as they come, ends included."""
     number = 0
     while line := sys.stdin.buffer.readline():
         number += 1
@@ -40,7 +41,7 @@ def _lines() -> Iterator[str]:
 
 
 def stdin() -> str:
-    return "".join(_lines()).removeprefix("\ufeff")
+    return "".join(lines()).removeprefix("\ufeff")
 
 
 def read(file: Path) -> str:
@@ -58,10 +59,37 @@ def read_csv(text: str, columns: Sequence[str] | None, channels: Sequence[str]) 
     Takes `columns` where given, else the model's `channels` where the file has them all, else every column whose
     first value is a number. Raises Usage, naming the line, for values that are missing or no numbers.
     """
-    lines = [line for line in csv.reader(io.StringIO(text, newline="")) if line]
-    if len(lines) < 2:
+    rows = [line for line in csv.reader(io.StringIO(text, newline="")) if line]
+    if len(rows) < 2:
         raise Usage("the CSV needs a heading and at least one row")
-    heading, first = [name.strip() for name in lines[0]], lines[1]
+    names, at = _columns(rows[0], rows[1], columns, channels)
+    return names, np.stack([_numbers(line, number, names, at) for number, line in enumerate(rows[1:], 1)])
+
+
+def observations(columns: Sequence[str] | None, channels: Sequence[str]) -> Iterator[NDArray[np.float32]]:
+    """The rows of a CSV on standard input as they come, columns chosen as by `read_csv`.
+
+    The heading may be left out where every row is a number for each of the model's channels, as when they are typed.
+    """
+    rows = (line for line in csv.reader(line.removeprefix("\ufeff") for line in lines()) if line)
+    heading = next(rows, [])
+    names, at, number = list(channels), list(range(len(channels))), 1
+    if columns is None and heading and all(_is_number(cell) for cell in heading) and len(heading) == len(channels):
+        yield _numbers(heading, number, names, at)
+        number += 1
+        heading = []
+    for row, line in enumerate(rows, number):
+        if heading:
+            names, at = _columns(heading, line, columns, channels)
+            heading = []
+        yield _numbers(line, row, names, at)
+
+
+def _columns(
+    heading: Sequence[str], first: Sequence[str], columns: Sequence[str] | None, channels: Sequence[str]
+) -> tuple[list[str], list[int]]:
+    """The names and places of the columns to read."""
+    heading = [name.strip() for name in heading]
     if all(_is_number(name) for name in heading):
         raise Usage("the first row of the CSV must name the columns; it has numbers only")
     if columns is not None:
@@ -74,15 +102,18 @@ def read_csv(text: str, columns: Sequence[str] | None, channels: Sequence[str]) 
         names = [name for name, value in zip(heading, first, strict=False) if _is_number(value)]
     if not names:
         raise Usage("no column of the CSV has numbers")
-    at = [heading.index(name) for name in names]
-    values = np.empty((len(lines) - 1, len(at)), np.float32)
-    for row, line in enumerate(lines[1:]):
-        for column, position in enumerate(at):
-            cell = line[position] if position < len(line) else ""
-            if not _is_number(cell):
-                raise Usage(f"row {row + 1} of the CSV, column {names[column]}: {cell!r} is not a number")
-            values[row, column] = float(cell)
-    return names, values
+    return names, [heading.index(name) for name in names]
+
+
+def _numbers(line: Sequence[str], row: int, names: Sequence[str], at: Sequence[int]) -> NDArray[np.float32]:
+    """One row's values; `row` is its number below the heading."""
+    values = np.empty(len(at), np.float32)
+    for column, position in enumerate(at):
+        cell = line[position] if position < len(line) else ""
+        if not _is_number(cell):
+            raise Usage(f"row {row} of the CSV, column {names[column]}: {cell!r} is not a number")
+        values[column] = float(cell)
+    return values
 
 
 def _is_number(text: str) -> bool:
@@ -109,8 +140,23 @@ def tensor(item: str, datatypes: Mapping[str, str]) -> tuple[str, NDArray[Any]]:
         listed = json.loads(text)
     except json.JSONDecodeError as e:
         raise Usage(f"{name}: not JSON ({e})") from None
+    return name, _array(name, listed, datatypes)
+
+
+def tensors_of(line: str, datatypes: Mapping[str, str]) -> dict[str, NDArray[Any]]:
+    """The tensors of a JSON object, by name."""
+    try:
+        listed = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise Usage(f"not JSON ({e}): {line.strip()[:60]}") from None
+    if not isinstance(listed, dict):
+        raise Usage(f"write one JSON object a line, tensors by name: {{{', '.join(f'{json.dumps(name)}: …' for name in datatypes)}}}")
+    return {name: _array(name, values, datatypes) for name, values in listed.items()}
+
+
+def _array(name: str, listed: Any, datatypes: Mapping[str, str]) -> NDArray[Any]:
     datatype = datatypes.get(name, "")
     try:
-        return name, np.array(listed, tensors.DATATYPES.get(datatype, object if datatype == tensors.BYTES else None))
+        return np.array(listed, tensors.DATATYPES.get(datatype, object if datatype == tensors.BYTES else None))
     except (TypeError, ValueError, OverflowError) as e:
         raise Usage(f"{name}: not {datatype or 'an array'} ({e})") from None

@@ -34,7 +34,7 @@ class Classification:
     label: str
     score: float  # the label's probability
     scores: Mapping[str, float]  # every label's, in the model's order
-    tokens: int  # read
+    tokens: int  # read; for a turn of a session, those it brought
     model: str
     version: str
     timing: Timing = field(compare=False)  # of the whole request; a session's turns do not tell theirs
@@ -145,6 +145,10 @@ class Tensors(Mapping[str, Array]):
 
     def __repr__(self) -> str:
         return f"<Tensors {', '.join(f'{name} {a.dtype}{list(a.shape)}' for name, a in self.outputs.items())}>"
+
+
+Answer = Classification | Forecast | Tensors
+"""What a turn of a session is answered with, by what it brought."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -1,4 +1,4 @@
-"""A session, blocking. What it sends and keeps is in `turns`; `aio_session` is its asyncio twin, with the same methods."""
+"""A session, blocking. What it sends and keeps is in `sessions` and `turns`; `aio_session` is its asyncio twin, with the same methods."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, overload
 
 import grpc
 
-from seqserve import errors, results, retry, turns
-from seqserve.turns import Answer, Inputs, Observations, Piece
+from seqserve import errors, results, retry, sessions, turns
+from seqserve.results import Answer
+from seqserve.turns import Inputs, Observations, Piece
 
 if TYPE_CHECKING:
     from seqserve.client import Client
 
 
-class Session(turns.Handle):
+class Session(sessions.Handle):
     """State on the server that goes on from call to call; made by `Client.session`, `Client.resume` and `fork`.
 
         with client.session("sentiment") as s:
@@ -32,8 +33,8 @@ class Session(turns.Handle):
     `with`, which closes it in the end unless it is told otherwise (`close=False`, `detach`).
     """
 
-    def __init__(self, client: Client, wanted: turns.Wanted, close: bool) -> None:
-        super().__init__(wanted, close)
+    def __init__(self, client: Client, wanted: sessions.Wanted, close: bool, timeout: float | None) -> None:
+        super().__init__(wanted, close, timeout)
         self._client = client
         self._lock = threading.RLock()
 
@@ -44,7 +45,7 @@ class Session(turns.Handle):
         if not self._close:
             return
         try:
-            self.close(timeout=None if error is None else min(turns.CLOSING, self._client._timeout))
+            self.close(timeout=None if error is None else sessions.CLOSING)
         except errors.Error:
             if error is None:
                 raise  # else what went wrong first is what the caller wants to see; the session ends with its ttl
@@ -67,7 +68,7 @@ class Session(turns.Handle):
         data = turns.encode(piece)
         with self._lock:
             line = self._opened(timeout)
-            tries = self._client._tries(timeout, retry.UNLIMITED)
+            tries = self._client._tries(self._within(timeout), retry.UNLIMITED)
             line.begin()
             while not line.claim(data):
                 self._first(line, tries)
@@ -92,6 +93,7 @@ class Session(turns.Handle):
         source, held, more = iter(pieces), None, True
         stream: _Stream | None = None
         tries: retry.Tries | None = None
+        alone = False  # the stream failed by something sent over it: only a call of its own tells by which turn
         try:
             while True:
                 while more and len(line) < window:
@@ -108,19 +110,26 @@ class Session(turns.Handle):
                     held = None
                 if not len(line):
                     return
-                tries = tries or self._client._tries(timeout, retry.UNLIMITED)
+                tries = tries or self._client._tries(self._within(timeout), retry.UNLIMITED)
                 try:
-                    if stream is None:
-                        stream = _Stream(self._client, line, tries.left())
-                    answer = stream.first(self._lock, owner)
+                    if alone:
+                        with self._lock:
+                            line.check(owner)
+                            call = line.call()
+                        answer = self._client._tried(call, tries)
+                    else:
+                        stream = stream or _Stream(self._client, line, tries.left())
+                        answer = stream.first(self._lock, owner)
                 except errors.Error as failure:
                     with self._lock:
                         line.check(owner)
                         late = isinstance(failure, errors.DeadlineExceeded) and stream is not None and stream.used
-                        wait = 0.0 if late else tries.after(failure)  # late: by the deadline of an earlier turn
+                        broken = turns.final(failure) and stream is not None and not stream.refused
+                        wait = 0.0 if late or broken else tries.after(failure)  # late: by the deadline of an earlier turn
                         if wait is None:
                             line.failed(failure)
                             raise
+                    alone = alone or broken
                     if stream is not None:
                         stream.close()
                         stream = None
@@ -138,21 +147,21 @@ class Session(turns.Handle):
 
     def fork(self, id: str = "", *, close: bool = True, timeout: float | None = None) -> Session:
         """Another session that goes on from the last turn of this one; neither sees what the other reads from here on."""
-        new = turns.new_id(id)
+        new = sessions.new_id(id)
         with self._lock:
             line = self._opened(timeout)
-            tries = self._client._tries(timeout, retry.UNLIMITED)
+            tries = self._client._tries(self._within(timeout), retry.UNLIMITED)
             line.begin()
             while len(line):
                 self._first(line, tries)
-            wanted = turns.Wanted(new, turns.fork(self.id, new), made=not id)
-            return Session(self._client, wanted, close).open(timeout=timeout)
+            wanted = sessions.Wanted(new, sessions.fork(self.id, new), made=not id)
+            return Session(self._client, wanted, close, self._timeout).open(timeout=timeout)
 
     def info(self, *, timeout: float | None = None) -> results.SessionInfo:
         """What the server has of this session now."""
         with self._lock:
             self._opened(timeout)
-        return self._client._call(turns.get(self.id), timeout)
+        return self._client._call(sessions.get(self.id), self._within(timeout))
 
     def close(self, *, timeout: float | None = None) -> None:
         """Ends the session, which frees its state; nothing happens where it has ended already."""
@@ -160,9 +169,9 @@ class Session(turns.Handle):
             self._closed = True
             return
         try:
-            self._client._call(turns.close(self.id), timeout)
+            self._client._call(sessions.close(self.id), self._within(timeout))
         except errors.Error as e:
-            if not turns.over(e):
+            if not sessions.over(e):
                 raise
         self._closed = True
 
@@ -171,11 +180,11 @@ class Session(turns.Handle):
         self._check_open()
         if self._line is None:
             try:
-                info = self._client._call(self._wanted.call, timeout)
+                info = self._client._call(self._wanted.call, self._within(timeout))
             except errors.SessionConflict as e:
-                if not (self._wanted.made and turns.exists(e)):
+                if not (self._wanted.made and sessions.exists(e)):
                     raise
-                info = self._client._call(turns.get(self.id), timeout)  # an earlier try made it, and its reply was lost
+                info = self._client._call(sessions.get(self.id), self._within(timeout))  # an earlier try made it, and its reply was lost
             self._line = self._wanted.line(info)
         return self._line
 
@@ -195,6 +204,7 @@ class _Stream:
 
     def __init__(self, client: Client, line: turns.Line, timeout: float) -> None:
         self.used = False  # whether it has given an answer
+        self.refused = False  # whether it told of a turn that was refused, rather than failing itself
         self._line = line
         self._ahead = turns.Ahead(line)
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -209,6 +219,7 @@ class _Stream:
         while (outcome := self._ahead.first()) is None:
             self._take(lock, owner)
         if isinstance(outcome, errors.Error):
+            self.refused = True
             while turns.final(outcome) and outcome.reason != errors.BAD_REPLY and not self._ahead.quiet():
                 try:
                     self._take(lock, owner)
@@ -222,7 +233,7 @@ class _Stream:
         try:
             message = next(self._replies, None)
         except grpc.RpcError as e:
-            raise errors.from_rpc(e) from None
+            raise turns.stream_failed(errors.from_rpc(e)) from None
         if message is None:
             raise turns.stream_ended()
         with lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -70,6 +71,26 @@ def forecast(observations: NDArray[np.float32], answer: results.Forecast, names:
             f"{channel}{pad}  {sparkline(seen, low, high, -(-len(seen) // scale))}│{sparkline(mean, low, high, -(-ahead // scale))}"
         )
     return [*table(rows, right=range(1, len(heading))), "", *lines]
+
+
+def turn(said: str, answer: results.Answer) -> list[str]:
+    """The answer to one turn of a session: a label, the next step of each channel with its widest interval, or tensors."""
+    match answer:
+        case results.Classification():
+            return [f"{answer.label}  {answer.score:6.1%}  {said}"]
+        case results.Forecast():
+            ends = [answer.quantiles[q][0] for q in (min(answer.quantiles), max(answer.quantiles))] if len(answer.quantiles) > 1 else []
+            cells = []
+            for i, channel in enumerate(answer.channels):
+                interval = f" ({ends[0][i]:.2f} … {ends[1][i]:.2f})" if ends else ""
+                cells.append(f"{channel} {answer.mean[0, i]:.2f}{interval}")
+            return ["  ".join(cells)]
+        case _:
+            return list(itertools.chain.from_iterable(tensor(name, array) for name, array in answer.items()))
+
+
+def tensor(name: str, array: results.Array) -> list[str]:
+    return [f"{name}  {array.dtype}{list(array.shape)}", np.array2string(array, precision=5, suppress_small=True)]
 
 
 def attention(answer: results.Translation) -> list[str]:

@@ -1,4 +1,4 @@
-"""Sessions and their turns as values: the calls, and what this side keeps of a session so that a turn is never applied twice.
+"""The turns of a session: what they bring and are answered with, and what this side keeps so that none is applied twice.
 
 Both twins of `Session` are made of this. Pure: it knows messages, but no channel, clock, thread or event loop.
 
@@ -9,19 +9,17 @@ again. It is final where the server decided: an answer, or a refusal that anothe
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
 
 from protos import sessions_pb2 as pb
 from seqserve import errors, results, tensors
-from seqserve.wire import Call, classification, count, forecasted, model_named, numbers, parse, series, string
+from seqserve.results import Answer
+from seqserve.wire import Call, classification, forecasted, numbers, parse, series, string
 
-Answer = results.Classification | results.Forecast | results.Tensors
 Observations = NDArray[Any] | float | Sequence[float] | Sequence[Sequence[float]] | Sequence[NDArray[Any]]
 Inputs = Mapping[str, Any]  # tensors by name
 Piece = str | Inputs | Observations
@@ -31,80 +29,11 @@ STREAM = SERVICE + "Turns"
 METADATA = "seqserve-session"  # proxies route by it
 WINDOW = 32  # turns sent ahead: enough to fill the rounds of one session, few to send again after a broken connection
 MOST = 1024  # what a server keeps unacknowledged
-CLOSING = 5.0  # seconds that closing may take while an exception is on its way
-
-
-# Calls
 
 
 def metadata(id: str) -> tuple[tuple[str, str], ...]:
     """What goes along with each call of a session; nothing where the id can't travel as a header."""
     return ((METADATA, id),) if id and id.isascii() and id.isprintable() and id == id.strip() else ()
-
-
-def get(id: str) -> Call[results.SessionInfo]:
-    return _named("Get", id, pb.SessionName(session=string("id", id)))
-
-
-def close(id: str) -> Call[results.SessionInfo]:
-    return _named("Close", id, pb.SessionName(session=string("id", id)))
-
-
-def fork(id: str, new: str) -> Call[results.SessionInfo]:
-    return _named("Fork", id, pb.ForkRequest(session=string("id", id), fork=string("fork", new)))
-
-
-def listed(limit: int, after: str) -> Call[list[results.SessionInfo]]:
-    request = pb.ListRequest(limit=count("limit", limit), after=string("after", after))
-    return Call(SERVICE + "List", request.SerializeToString(), lambda raw: [_info(i) for i in parse(pb.ListReply, raw).sessions])
-
-
-def new_id(id: str) -> str:
-    """`id`, or one made here where it is empty: so a call that makes a session can be sent twice."""
-    return id or secrets.token_urlsafe(12)
-
-
-def exists(failure: errors.Error) -> bool:
-    return failure.reason == "SESSION_EXISTS"
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A session to be: opened under an id that is given or was `made` here, or taken up again after turn `turn`."""
-
-    id: str
-    call: Call[results.SessionInfo]
-    made: bool = False
-    turn: int | None = None
-
-    def line(self, info: results.SessionInfo) -> Line:
-        """The session as the server has it. Raises SessionConflict where it can't go on after `turn`."""
-        turn = info.turn if self.turn is None else self.turn
-        if not info.acknowledged <= turn <= info.turn:
-            why = "it was applied no further" if turn > info.turn else "later turns were acknowledged"
-            message = f"session {self.id!r} can't go on after turn {turn}: {why}; go on after turn {info.turn}"
-            raise errors.SessionConflict(
-                message, status="FAILED_PRECONDITION", reason="WRONG_TURN", details={"session": self.id, "turn": str(info.turn)}
-            )
-        return Line(self.id, info.model, info.version, turn)
-
-
-def opening(model: str, version: str, id: str, ttl: float) -> Wanted:
-    name = new_id(string("id", id))
-    try:
-        request = pb.OpenRequest(session=name, model=model_named(model, version), ttl=ttl)
-    except TypeError:
-        raise errors.invalid(f"ttl must be seconds, not {ttl!r}") from None
-    return Wanted(name, _named("Open", name, request), made=not id)
-
-
-def resuming(id: str, turn: int | None) -> Wanted:
-    if turn is not None:
-        count("turn", turn)
-    return Wanted(id, get(id), turn=turn)
-
-
-# Turns
 
 
 def encode(piece: Piece) -> bytes:
@@ -241,11 +170,16 @@ class Ahead:
     def __init__(self, line: Line) -> None:
         self._line = line
         self._sent = line.turn
+        self._answered = False
         self._came: dict[int, Answer | errors.Error] = {}
 
     def due(self) -> list[bytes]:
-        """Messages with the turns that this stream has not carried yet."""
-        first, last = self._sent + 1, self._line.turn + len(self._line)
+        """Messages with the turns that this stream has not carried yet.
+
+        Until the first is answered there is only that one: had somebody else written to the session meanwhile, the first
+        would be refused, but those behind it taken for turns that follow on what the other wrote.
+        """
+        first, last = self._sent + 1, self._line.turn + (len(self._line) if self._answered else 1)
         self._sent = last
         return [pb.TurnsRequest(turns=[self._line.request(turn)]).SerializeToString() for turn in range(first, last + 1)]
 
@@ -262,60 +196,13 @@ class Ahead:
 
     def first(self) -> Answer | errors.Error | None:
         """What became of the first unanswered turn; None where the server has not said."""
-        return self._came.pop(self._line.turn + 1, None)
+        outcome = self._came.pop(self._line.turn + 1, None)
+        self._answered = self._answered or (outcome is not None and not isinstance(outcome, errors.Error))
+        return outcome
 
     def quiet(self) -> bool:
         """Whether every turn behind a refused one was refused too, so that none can be applied after what is sent next."""
         return all(turn in self._came for turn in range(self._line.turn + 2, self._sent + 1))
-
-
-class Handle:
-    """What both twins of a session know without asking."""
-
-    def __init__(self, wanted: Wanted, close: bool) -> None:
-        self._wanted = wanted
-        self._line: Line | None = None  # None: not opened yet
-        self._close = close
-        self._closed = False
-
-    @property
-    def id(self) -> str:
-        return self._wanted.id
-
-    @property
-    def turn(self) -> int:
-        """The last turn that was answered."""
-        return self._line.turn if self._line is not None else self._wanted.turn or 0
-
-    @property
-    def unanswered(self) -> int:
-        """Turns that were sent and have no final answer: they are sent again before any other."""
-        return len(self._line) if self._line is not None else 0
-
-    @property
-    def model(self) -> str:
-        """The model's name; empty until the session is open."""
-        return self._line.model if self._line is not None else ""
-
-    @property
-    def version(self) -> str:
-        return self._line.version if self._line is not None else ""
-
-    def detach(self) -> None:
-        """Leaving the `with` block will not close the session: it lives on for its ttl, and can be resumed by its id."""
-        self._close = False
-
-    def __repr__(self) -> str:
-        return f"<Session {self.id}{f' of {self.model}' if self.model else ''}, turn {self.turn}>"
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise errors.SessionGone(
-                f"session {self.id!r} was closed after turn {self.turn}; open a new one",
-                status="FAILED_PRECONDITION",
-                reason="SESSION_CLOSED",
-                details={"session": self.id, "turn": str(self.turn)},
-            )
 
 
 def check_window(window: int) -> None:
@@ -323,19 +210,13 @@ def check_window(window: int) -> None:
         raise errors.invalid(f"window is {window}: 1 to {MOST} turns may be sent ahead")
 
 
-def over(failure: errors.Error) -> bool:
-    """Whether closing a session failed because there is nothing left to close."""
-    return isinstance(failure, (errors.SessionGone, errors.SessionNotFound))
-
-
 def stream_ended() -> errors.Error:
     return errors.Unavailable("the stream of turns ended before all were answered", status="UNAVAILABLE")
 
 
-def _named(method: str, id: str, request: Any) -> Call[results.SessionInfo]:
-    return Call(SERVICE + method, request.SerializeToString(), lambda raw: _info(parse(pb.SessionInfo, raw)), metadata=metadata(id))
-
-
-def _info(info: pb.SessionInfo) -> results.SessionInfo:
-    model = info.model
-    return results.SessionInfo(info.session, model.name, model.version, info.turn, info.acknowledged, info.ttl, info.fingerprint)
+def stream_failed(failure: errors.Error) -> errors.Error:
+    """What a stream failed by. Where the server gave no reason for a fault of its own it did not speak: the connection broke
+    (grpc.aio says INTERNAL where it was writing just then)."""
+    if isinstance(failure, errors.ServerError) and not failure.reason:
+        return errors.Unavailable(f"the stream of turns broke: {failure}", status=failure.status)
+    return failure

@@ -2,7 +2,7 @@
 
 Both clients are made of this, so that neither knows messages. This file must not know channels, time or retries.
 
-The tasks are here, those of sessions in `turns`, those of the Open Inference Protocol in `inference`.
+The tasks are here, those of sessions in `sessions`, those of the Open Inference Protocol in `inference`.
 """
 
 from __future__ import annotations

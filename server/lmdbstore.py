@@ -27,7 +27,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import struct
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -36,13 +35,13 @@ from typing import Any
 
 from server.records import DAMAGED, Page, Record, Unreadable, decode, encode
 from server.store import Durability, Refusal, StoreFailed, StoreUnusable, package
+from server.survivors import survivors
 
 FILE = "data.mdb"
 MAP = 1 << 30  # bytes of address space to start with; doubled when full
 BATCH = 256  # records read under one lock
 
 _FORMAT_KEY, _FORMAT = b"format", b"seqserve sessions 1"
-_META = struct.Struct("<40xI84xQQQ")  # page size; the main database's root; last page; transaction
 _LONGEST = 400  # bytes of an id in a key; LMDB allows 511 for all of it
 
 
@@ -138,7 +137,7 @@ class LmdbStore:
         new.removed += removed
         for record in records:
             id = record.kept.id
-            had = () if id in new.removed else self._pages.get(id, ())
+            had = () if new.removed and id in new.removed else self._pages.get(id, ())
             value, pages, added, dropped = encode(record, had)
             new.puts.append((_key(id), value))
             if added or dropped:
@@ -212,8 +211,9 @@ class LmdbStore:
                 raise StoreUnusable(f"{data} is not a store, or its first pages are damaged ({e}); move it away, or restore it") from None
             if faults:
                 self._lost = self._rebuild(path, faults, map_size)
-        else:
-            (path / FILE).unlink(missing_ok=True)
+        elif data.exists():
+            data.unlink()
+            self._lost = [f"{data} was empty: its making was cut short, or all that was in it is lost"]
         flush = self.durability is Durability.DISK
         with contextlib.ExitStack() as undo:
             try:
@@ -252,51 +252,6 @@ class LmdbStore:
         new.rmdir()
         _flush_directory(path)
         return [f"{data} was damaged; what can be read lives on, the rest is lost, the file is kept as {aside.name}: {'; '.join(lost)}"]
-
-
-def survivors(data: Path) -> Iterator[tuple[bytes, bytes]]:
-    """The keys and values of an LMDB file that can still be reached, damaged as it may be: a walk from the last commit's root
-    through all pages that are what their parents say. For LMDB 0.9's format on a 64-bit machine of this byte order, with one
-    database and no duplicate keys."""
-    with data.open("rb") as file:
-        first_meta = file.read(_META.size)
-        psize = _META.unpack(first_meta)[0]
-        file.seek(psize)
-        second_meta = file.read(_META.size)
-        newest = max(_META.unpack(first_meta), _META.unpack(second_meta), key=lambda meta: meta[-1])
-        _, root, last, _ = newest
-
-        def at(page: int, size: int) -> bytes:
-            file.seek(page * psize)
-            return file.read(size)
-
-        seen = set()
-        waiting = [root]
-        while waiting:
-            number = waiting.pop()
-            if not 2 <= number <= last or number in seen:
-                continue
-            seen.add(number)
-            page = at(number, psize)
-            if len(page) < psize:
-                continue
-            own, _, flags, lower, upper = struct.unpack_from("<QHHHH", page)
-            if own != number or flags not in (1, 2) or not 16 <= lower <= upper <= psize:
-                continue
-            for place in struct.unpack_from(f"<{(lower - 16) // 2}H", page, 16):
-                if not upper <= place <= psize - 8:
-                    continue
-                low, high, kind, length = struct.unpack_from("<HHHH", page, place)
-                key, rest = page[place + 8 : place + 8 + length], page[place + 8 + length :]
-                if flags == 1:
-                    waiting.append(low | high << 16 | kind << 32)
-                elif kind == 0:
-                    yield key, rest[: low | high << 16]
-                elif kind == 1 and len(rest) >= 8:
-                    first = int.from_bytes(rest[:8], "little")
-                    size = low | high << 16
-                    if 2 <= first <= last and struct.unpack("<Q", at(first, 8).ljust(8))[0] == first:
-                        yield key, at(first, 16 + size)[16:]
 
 
 def _apply(txn: Any, write: _Write) -> None:

@@ -49,7 +49,6 @@ Array = np.ndarray[Any, Any]
 
 _SESSION, _PAGE = 1, 2
 _FRESH = 0xFFFF
-_START = struct.Struct("<4sI")
 _HEAD = struct.Struct("<HHI")
 _ALL = struct.Struct("<4sIHHI")
 _FIELDS = struct.Struct("<ddQQHHHHIHHH")
@@ -94,14 +93,9 @@ class Page(NamedTuple):
     crc: int
 
 
-class Written(NamedTuple):
-    """What one commit of a session comes to: put `value` and the pages `added`, drop the pages `dropped`, all at once;
-    `pages` is what is there beside the record then, to be given to the next `encode`."""
-
-    value: bytes
-    pages: tuple[Page, ...]
-    added: tuple[tuple[int, bytes], ...]  # key, value
-    dropped: tuple[int, ...]
+Written = tuple[bytes, tuple[Page, ...], tuple[tuple[int, bytes], ...], tuple[int, ...]]
+"""What one commit of a session comes to, all at once: put this record; pages that are there beside it then, to be given to the
+next `encode`; pages to add, by key; keys of pages to drop. A plain tuple: one is made for each session of each round."""
 
 
 class Stored(NamedTuple):
@@ -130,7 +124,7 @@ def encode(record: Record, pages: tuple[Page, ...] = ()) -> Written:
             pages = pages[len(dropped) :]
         if pages:
             replies = replies[pages[-1].last - acknowledged :]
-    if replies and (len(replies) > INLINE or sum([len(a.reply) for a in replies]) > INLINE_BYTES):
+    if len(replies) > INLINE or (replies and _bytes(replies) > INLINE_BYTES):
         page, value = _page(kept.id, replies)
         pages = (*pages, page)
         added = ((page.first, value),)
@@ -147,14 +141,14 @@ def encode(record: Record, pages: tuple[Page, ...] = ()) -> Written:
             ),
             id, model, version, fingerprint, rest,
         ]  # fmt: skip
-        for array in arrays or ():
-            parts.append(_about(array.dtype, array.shape))
-            parts.append(array.tobytes())
+        if arrays:
+            for array in arrays:
+                parts += (_about(array.dtype, array.shape), array.tobytes())
         for page in pages:
             parts.append(_NAMED.pack(*page))
         if replies:
             _append(parts, replies)
-        return Written(_sealed(_SESSION, parts)[0], pages, added, dropped)
+        return _sealed(_SESSION, parts)[0], pages, added, dropped
     except struct.error as e:
         raise ValueError(f"session {kept.id!r} is too large for a record: {e}") from None
 
@@ -203,9 +197,9 @@ def fits(record: Record, graph: Graph) -> str | None:
 def _sealed(kind: int, parts: Sequence[bytes]) -> tuple[bytes, int]:
     """A header before the parts; and its crc32."""
     body = b"".join(parts)
-    head = _HEAD.pack(FORMAT, kind, len(body))
-    crc = zlib.crc32(body, zlib.crc32(head))
-    return b"".join((_START.pack(MAGIC, crc), head, body)), crc
+    size = len(body)
+    crc = zlib.crc32(body, zlib.crc32(_HEAD.pack(FORMAT, kind, size)))
+    return _ALL.pack(MAGIC, crc, FORMAT, kind, size) + body, crc
 
 
 def _opened(value: bytes, kind: int, what: str) -> tuple[memoryview, int]:
@@ -275,6 +269,10 @@ def _replies_of(value: bytes, id: str, named: Page) -> list[Answered]:
     if whose != id or crc != named.crc or at != len(body) or first != named.first or first + count - 1 != named.last:
         raise Unreadable(DAMAGED, f"{what} is not the one that the record names, but of session {whose!r} with {count} replies")
     return replies
+
+
+def _bytes(replies: Sequence[Answered]) -> int:
+    return len(replies[0].reply) if len(replies) == 1 else sum([len(a.reply) for a in replies])
 
 
 def _append(parts: list[bytes], replies: Sequence[Answered]) -> None:

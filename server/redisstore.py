@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from server.records import DAMAGED, FOREIGN, Page, Record, Unreadable, decode, encode
+from server.records import DAMAGED, FOREIGN, SHORT, Page, Record, Unreadable, decode, encode
 from server.store import Durability, Refusal, StoreFailed, StoreUnusable, package
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,12 @@ class RedisStore:
                 raise self._failed(e) from None
             if not fields:
                 return None
-            record = self._decoded(key, fields)
+            try:
+                record = self._decoded(key, fields)
+            except Unreadable as e:
+                if e.reason in (DAMAGED, SHORT):  # nobody can go on with it; another release's is left to that release
+                    self._run(_TAKE, [key], [self._me, fields[b"record"]])
+                raise
             if self._run(_TAKE, [key], [self._me, fields[b"record"]]):  # else it was written meanwhile: look again
                 return record
 

@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -25,6 +26,7 @@ from grpc_health.v1 import health_pb2
 
 from protos import inference_pb2 as oip
 from protos import seqserve_pb2 as pb
+from protos import sessions_pb2 as live
 
 CHANNELS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 QUANTILES = (0.1, 0.5, 0.9)
@@ -49,6 +51,28 @@ def failure(code: grpc.StatusCode, message: str, reason: str = "", retry: float 
     return code, message, status.SerializeToString()
 
 
+@dataclass
+class Kept:
+    """A session of the fake: what its turns brought, and what they were answered."""
+
+    info: live.SessionInfo
+    brought: list[live.TurnRequest] = field(default_factory=list)
+    replies: list[live.TurnReply] = field(default_factory=list)
+
+
+def abort(context: grpc.ServicerContext, why: Failure) -> NoReturn:
+    code, message, details = why
+    context.set_trailing_metadata((("grpc-status-details-bin", details),))
+    context.abort(code, message)
+
+
+class Refused(Exception):
+    """A session's call that is refused."""
+
+    def __init__(self, why: Failure) -> None:
+        self.why = why
+
+
 class Fake:
     """What the server was asked, and what it shall answer next."""
 
@@ -60,6 +84,8 @@ class Fake:
         self.metadata: list[dict[str, str | bytes]] = []
         self.left: list[float | None] = []  # seconds that each call still had
         self.gone = threading.Event()  # a caller left a translation that was held
+        self.sessions: dict[str, Kept] = {}
+        self.busy: list[int] = []  # turns that a stream refuses once, to be sent again
         self.port = 0
 
     @property
@@ -72,9 +98,7 @@ class Fake:
         self.metadata.append({item[0]: item[1] for item in context.invocation_metadata()})
         self.left.append(context.time_remaining())
         if self.failures:
-            code, message, details = self.failures.pop(0)
-            context.set_trailing_metadata((("grpc-status-details-bin", details),))
-            context.abort(code, message)
+            abort(context, self.failures.pop(0))
 
     def classify(self, request: pb.ClassifyRequest) -> pb.ClassifyReply:
         reply = pb.ClassifyReply(model=pb.Model(name="sentiment", version="1"), timing=pb.Timing(queue=0.001, run=0.002, rounds=3))
@@ -130,6 +154,60 @@ class Fake:
             reply.models.add(name="ett", version=version, kind="forecast", ready=True, facts=facts, fingerprint="sha256:0")
         return reply
 
+    def open(self, request: live.OpenRequest) -> live.SessionInfo:
+        if request.session in self.sessions:
+            raise Refused(failure(grpc.StatusCode.FAILED_PRECONDITION, "it is open", "SESSION_EXISTS", turn="0"))
+        version = request.model.version or "1"
+        info = live.SessionInfo(session=request.session, model=pb.Model(name=request.model.name, version=version), ttl=request.ttl or 3600)
+        self.sessions[request.session] = Kept(info)
+        return info
+
+    def find(self, id: str) -> Kept:
+        if id not in self.sessions:
+            raise Refused(failure(grpc.StatusCode.NOT_FOUND, f"there is no session {id!r}", "UNKNOWN_SESSION", session=id))
+        return self.sessions[id]
+
+    def get(self, request: live.SessionName) -> live.SessionInfo:
+        return self.find(request.session).info
+
+    def listed(self, request: live.ListRequest) -> live.ListReply:
+        after = [self.sessions[id].info for id in sorted(self.sessions) if id > request.after]
+        return live.ListReply(sessions=after[: request.limit or 1000], total=len(self.sessions))
+
+    def fork(self, request: live.ForkRequest) -> live.SessionInfo:
+        old = self.find(request.session)
+        info = live.SessionInfo(
+            session=request.fork, model=old.info.model, turn=old.info.turn, acknowledged=old.info.turn, ttl=old.info.ttl
+        )
+        self.sessions[request.fork] = Kept(info, list(old.brought), list(old.replies))
+        return info
+
+    def close(self, request: live.SessionName) -> live.SessionInfo:
+        kept = self.find(request.session)
+        del self.sessions[request.session]
+        return kept.info
+
+    def turn(self, request: live.TurnRequest) -> live.TurnReply:
+        """Text is classified with all before it, a series goes on from its last step, tensors come back."""
+        kept = self.find(request.session)
+        if request.turn > kept.info.turn + 1:
+            raise Refused(failure(grpc.StatusCode.FAILED_PRECONDITION, "that leaves a gap", "GAP", turn=str(kept.info.turn)))
+        kept.info.acknowledged = max(kept.info.acknowledged, request.acknowledged)
+        if request.turn == kept.info.turn + 1:
+            reply = live.TurnReply(session=request.session, turn=request.turn)
+            match request.WhichOneof("input"):
+                case "text":
+                    text = "".join(t.text for t in kept.brought) + request.text
+                    reply.classification.CopyFrom(self.classify(pb.ClassifyRequest(texts=[text])).results[0])
+                case "observations":
+                    reply.forecast.CopyFrom(self.forecast(pb.ForecastRequest(observations=request.observations)))
+                case _:
+                    reply.tensors.CopyFrom(request.tensors)
+            kept.brought.append(request)
+            kept.replies.append(reply)
+            kept.info.turn = request.turn
+        return kept.replies[request.turn - 1]
+
     def infer(self, request: oip.ModelInferRequest) -> oip.ModelInferResponse:
         """Every input comes back under its own name, or those that are asked for."""
         wanted = [o.name for o in request.outputs] or [i.name for i in request.inputs]
@@ -164,7 +242,10 @@ def serving(port: int = 0) -> Iterator[Fake]:
     def unary(method: str, kind: type[Message], answer: Callable[[Any], Message]) -> grpc.RpcMethodHandler[Any, Any]:
         def handle(request: Message, context: grpc.ServicerContext) -> bytes:
             fake.note(method, request, context)
-            return fake.replies.get(method) or answer(request).SerializeToString()
+            try:
+                return fake.replies.get(method) or answer(request).SerializeToString()
+            except Refused as e:
+                abort(context, e.why)
 
         return grpc.unary_unary_rpc_method_handler(handle, kind.FromString, None)
 
@@ -173,12 +254,37 @@ def serving(port: int = 0) -> Iterator[Fake]:
         for piece in fake.translate_stream(request, context):
             yield piece.SerializeToString()
 
+    def turns(requests: Iterator[live.TurnsRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
+        for request in requests:
+            fake.note("Turns", request, context)
+            (turn,) = request.turns
+            reply = live.TurnReply(session=turn.session, turn=turn.turn)
+            try:
+                if turn.turn in fake.busy:
+                    fake.busy.remove(turn.turn)
+                    reply.refusal.MergeFrom(live.Refusal(code=8, message="full", reason="QUEUE_FULL", retry_after=0.25))
+                else:
+                    reply = fake.turn(turn)
+            except Refused as e:
+                code, message, _ = e.why
+                reply.refusal.MergeFrom(live.Refusal(code=code.value[0], message=message, reason="GAP"))
+            yield live.TurnsReply(turns=[reply]).SerializeToString()
+
     tasks = {
         "Classify": unary("Classify", pb.ClassifyRequest, fake.classify),
         "Translate": unary("Translate", pb.TranslateRequest, fake.translate),
         "TranslateStream": grpc.unary_stream_rpc_method_handler(stream, pb.TranslateRequest.FromString, None),
         "Forecast": unary("Forecast", pb.ForecastRequest, fake.forecast),
         "Models": unary("Models", pb.ModelsRequest, fake.models),
+    }
+    sessions = {
+        "Open": unary("Open", live.OpenRequest, fake.open),
+        "Turn": unary("Turn", live.TurnRequest, lambda r: fake.turn(r)),
+        "Turns": grpc.stream_stream_rpc_method_handler(turns, live.TurnsRequest.FromString, None),
+        "Get": unary("Get", live.SessionName, fake.get),
+        "List": unary("List", live.ListRequest, fake.listed),
+        "Fork": unary("Fork", live.ForkRequest, fake.fork),
+        "Close": unary("Close", live.SessionName, fake.close),
     }
     inference = {
         "ServerLive": unary("ServerLive", oip.ServerLiveRequest, lambda _: oip.ServerLiveResponse(live=True)),
@@ -194,6 +300,7 @@ def serving(port: int = 0) -> Iterator[Fake]:
     server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
     for service, methods in (
         ("seqserve.v1.Tasks", tasks),
+        ("seqserve.v1.Sessions", sessions),
         ("inference.GRPCInferenceService", inference),
         ("grpc.health.v1.Health", health),
     ):

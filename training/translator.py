@@ -351,13 +351,15 @@ class TranslatorTraining(Training):
             )  # fmt: skip
 
     def on_fit_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.finish()
+
+    def finish(self) -> None:
         """Choose the length penalty on the validation set, with the weights that were kept."""
-        if not self.trainer.is_global_zero:
-            return
         kept = checkpoint.load(self.out)
         model = rebuild(kept.dims)
         model.load_state_dict(dict(kept.weights))
-        tried = {a: self.bleu(self.translate(model, self.settings.beam, a)) for a in (0.6, 1.0, 1.4)}
+        tried = {a: self.bleu(self.translate(model, self.settings.beam, a)) for a in (0.6, 1.0, 1.4, 1.8)}
         chosen = {
             "source": self.data.source, "target": self.data.target, "beam": self.settings.beam,
             "length_penalty": max(tried, key=lambda a: tried[a]), "max_length": self.settings.max_length,

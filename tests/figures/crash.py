@@ -96,18 +96,46 @@ class Server:
         self._open.close()
 
 
+class Moments:
+    """When to kill: after which turns, counted over all sessions."""
+
+    def __init__(self, at: list[int]) -> None:
+        self._at = at
+        self._turns = 0
+        self._over = False
+        self._changed = threading.Condition()
+
+    def turn(self) -> None:
+        with self._changed:
+            self._turns += 1
+            self._changed.notify()
+
+    def end(self) -> None:
+        with self._changed:
+            self._over = True
+            self._changed.notify()
+
+    def wait(self) -> bool:
+        """Wait for the next moment; False where there is none any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or (bool(self._at) and self._turns >= self._at[0]))
+            if self._over or not self._at:
+                return False
+            self._at.pop(0)
+            return True
+
+
 def run(server: Server, every: list[Plan], kills: int, seed: int, progress: Progress, title: str) -> Outcome:
     """Send all turns of all sessions, killing the server `kills` times meanwhile."""
     outcome = Outcome()
     lock = threading.Lock()
-    over = threading.Event()
+    moments = Moments(sorted(random.Random(seed).sample(range(1, sum(len(p.turns) for p in every) * 9 // 10), kills)))
     bar = progress.add_task(title, total=sum(len(p.turns) for p in every))
     server.start()
     began = time.monotonic()
 
     def killer() -> None:
-        rng = random.Random(seed)
-        while outcome.kills < kills and not over.wait(rng.uniform(0.02, 0.6)):
+        while moments.wait():
             server.kill()
             outcome.kills += 1
             server.start()
@@ -144,6 +172,7 @@ def run(server: Server, every: list[Plan], kills: int, seed: int, progress: Prog
                         outcome.lost += max(0, request.turn - there)
                         outcome.doubled += max(0, there - request.turn)
                 progress.advance(bar)
+                moments.turn()
         with lock:
             outcome.digests[plan.id] = digest.hexdigest()
 
@@ -153,7 +182,7 @@ def run(server: Server, every: list[Plan], kills: int, seed: int, progress: Prog
         try:
             list(pool.map(live, every))
         finally:
-            over.set()
+            moments.end()
             thread.join()
     outcome.seconds = time.monotonic() - began
     server.close()

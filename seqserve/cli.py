@@ -193,7 +193,7 @@ def _parser(rooms: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentParser
         "seqserve session --resume boiler --keep < more.csv",
         "seqserve session --resume boiler < /dev/null        close it",
     )  # fmt: skip
-    c.add_argument("model", metavar="MODEL", nargs="?", default="")
+    c.add_argument("model", metavar="MODEL", nargs="?", default="", help="see seqserve models; not needed with --resume")
     c.add_argument("--model-version", metavar="VERSION", default="", help="default: the newest")
     c.add_argument("--id", metavar="ID", default="", help="a name of your own; default: a new one")
     c.add_argument("--resume", metavar="ID", default="", help="go on with a session that was kept, after its last turn")

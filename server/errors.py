@@ -7,6 +7,7 @@
     ├── Conflict         FAILED_PRECONDITION  not the turn that comes next; go on from the last applied turn, in the facts
     ├── Overloaded       RESOURCE_EXHAUSTED   send again after `retry_after`
     ├── DeadlineExceeded DEADLINE_EXCEEDED    allow more time; nothing was changed
+    ├── StoreFailed      UNAVAILABLE          the session's store did not write; nothing was applied, send the turn again (store.py)
     ├── Draining         UNAVAILABLE          send again: another server, or this one restarted, will take it
     └── ModelFailed      INTERNAL             the model could not run this input; neighbours were not harmed
 

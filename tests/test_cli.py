@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 
 import seqserve
 from protos import seqserve_pb2 as pb
+from protos import sessions_pb2 as live
 from seqserve import cli, commands, demo, errors, inputs, show, tensors
 from tests import fakes
 from tests.fakes import CHANNELS, Fake, failure
 
 Code = grpc.StatusCode
-COMMANDS = ("classify", "translate", "forecast", "models", "infer", "demo")
+COMMANDS = ("classify", "translate", "forecast", "session", "sessions", "models", "infer", "demo")
 
 
 @pytest.fixture
@@ -250,6 +251,124 @@ def test_infer_without_inputs_tells_what_it_takes(fake: Fake, capsys: pytest.Cap
     assert fake.calls == ["ModelMetadata"]
 
 
+# Sessions
+
+
+def test_session_of_lines(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line that is not blank is a turn, answered for all so far; in the end the session is closed."""
+    stdin(monkeypatch, b"a good film\n\nwith a bad end\n")
+    assert cli.main(["session", "sentiment"]) == 0
+    assert capsys.readouterr().out == "positive   93.8%  a good film\nnegative   93.8%  with a bad end\n"
+    assert fake.calls == ["Open", "Models", "Turn", "Turn", "Close"]
+    assert [r.text for r in fake.requests if isinstance(r, live.TurnRequest)] == ["a good film\n", "with a bad end\n"]
+
+
+def test_session_kept_and_resumed(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that is kept tells how to go on, goes on where it was, and is closed when it is not kept any more."""
+    stdin(monkeypatch, b"a bad film\n")
+    assert cli.main(["session", "sentiment", "--id", "mine", "--ttl", "60", "--model-version", "1", "--keep"]) == 0
+    assert "seqserve session --resume mine" in capsys.readouterr().err
+    assert fake.requests[0] == live.OpenRequest(session="mine", model=pb.Model(name="sentiment", version="1"), ttl=60)
+    stdin(monkeypatch, b"or not\n")
+    assert cli.main(["session", "sentiment", "--resume", "mine", "--json", "--keep"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["session"], found["turn"], found["label"], found["text"]) == ("mine", 2, "negative", "or not")
+    assert "is of model sentiment" in usage(["session", "ett", "--resume", "mine"], capsys)
+    assert list(fake.sessions) == ["mine"]
+    stdin(monkeypatch, b"")
+    assert cli.main(["session", "--resume", "mine"]) == 0
+    assert fake.sessions == {}
+
+
+def test_session_of_observations(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row of a CSV is an observation; the next step of each channel is printed, with its interval."""
+    stdin(monkeypatch, b"\xef\xbb\xbfdate,b,a\nmonday,2,1\ntuesday,4,3\n")
+    assert cli.main(["session", "ett", "--columns", "a,b"]) == 0
+    assert capsys.readouterr().out == "c0 1.00 (0.60 … 1.40)  c1 2.00 (1.60 … 2.40)\nc0 3.00 (2.60 … 3.40)  c1 4.00 (3.60 … 4.40)\n"
+    stdin(monkeypatch, b"1,2,3,4,5,6,7\n2,3,4,5,6,7,8\n")
+    assert cli.main(["session", "ett", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(f["turn"], f["mean"]) for f in found] == [(1, [1, 2, 3, 4, 5, 6, 7]), (2, [2, 3, 4, 5, 6, 7, 8])]
+    assert found[0]["channels"] == list(CHANNELS)
+    assert found[0]["quantiles"]["0.1"] == pytest.approx([n - 0.4 for n in range(1, 8)])
+    stdin(monkeypatch, b"")
+    assert cli.main(["session", "ett"]) == 0
+
+
+def test_session_of_tensors(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other model takes a JSON object of tensors a line, in the datatypes that it names."""
+    stdin(monkeypatch, b'{"tokens": [[1, 2]]}\n{"tokens": [[3]]}\n')
+    assert cli.main(["session", "m", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [f["outputs"] for f in found] == [{"tokens": [[1, 2]]}, {"tokens": [[3]]}]
+    stdin(monkeypatch, b'{"tokens": [[1, 2]]}\n')
+    assert cli.main(["session", "m"]) == 0
+    assert capsys.readouterr().out == "tokens  int64[1, 2]\n[[1 2]]\n"
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_session_at_a_terminal(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who types is told what a line is, and may go on after a line that was refused; elsewhere that is the end."""
+    turn = fake.turn
+
+    def strict(request: live.TurnRequest) -> live.TurnReply:
+        if request.text.startswith("?"):
+            raise fakes.Refused(failure(Code.INVALID_ARGUMENT, "the text has no words", "EMPTY_TEXT"))
+        return turn(request)
+
+    monkeypatch.setattr(fake, "turn", strict)
+    lines = b"?\ngood\n"
+    monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO(lines)))
+    assert cli.main(["session", "sentiment"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "positive   93.8%  good\n"
+    assert "of sentiment 1. One piece of text a line" in err
+    assert "no words" in err
+    stdin(monkeypatch, lines)
+    assert "no words" in usage(["session", "sentiment"], capsys)
+    assert fake.sessions == {}
+
+
+def test_sessions(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    """Open sessions as a table, or as JSON; that there is none is said."""
+    assert cli.main(["sessions"]) == 0
+    assert "No session is open" in capsys.readouterr().err
+    for n in range(3):
+        fake.open(live.OpenRequest(session=f"s{n}", model=pb.Model(name="sentiment"), ttl=60))
+    assert cli.main(["sessions"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["session", "model", "version", "turn", "lives", "for"]
+    assert lines[1:] == [[f"s{n}", "sentiment", "1", "0", "60", "s"] for n in range(3)]
+    assert cli.main(["sessions", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found[2] == {"session": "s2", "model": "sentiment", "version": "1", "turn": 0, "ttl": 60}
+
+
+@pytest.mark.parametrize(
+    ("argv", "lines", "said"),
+    [
+        ([], b"", "name a MODEL"),
+        (["--resume", "nobody"], b"", "no session 'nobody'"),
+        (["ett"], b"1,2\n3,4\n", "must name the columns"),
+        (["ett"], b"1,2,3,4,5,6,7\n1,2,3,4,5,6\n", "row 2 of the CSV, column OT"),
+        (["m"], b"[1]\n", '{"tokens": …, "words": …}'),
+        (["m"], b"tokens\n", "not JSON"),
+        (["m"], b'{"tokens": "a"}\n', "tokens: not INT64"),
+    ],
+)
+def test_bad_turns(
+    fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], lines: bytes, said: str
+) -> None:
+    """Input that is no turn ends the command with exit code 2 and says why, and the session is closed."""
+    stdin(monkeypatch, lines)
+    assert said in usage(["session", *argv], capsys)
+    assert fake.sessions == {}
+
+
 # What can go wrong
 
 
@@ -383,7 +502,8 @@ def test_every_error_is_explained() -> None:
     for kind in kinds:
         line, code = cli.explain(kind("why", retry_after=1.0), "here", 1.0)
         assert line
-        assert code == (2 if kind.__name__ in ("InvalidInput", "TooLarge", "NotFound", "FailedPrecondition", "Denied") else 1)
+        theirs = (errors.InvalidInput, errors.NotFound, errors.FailedPrecondition, errors.Denied)
+        assert code == (2 if issubclass(kind, theirs) else 1)
 
 
 def test_csv_with_quotes_and_blank_lines() -> None:
@@ -399,12 +519,18 @@ def test_demo_with_a_server(fake: Fake, capsys: pytest.CaptureFixture[str]) -> N
     """Every kind of answer is shown."""
     assert cli.main(["demo", "--server", fake.target]) == 0
     out = capsys.readouterr().out
-    for title in ("Classify", "Translate, token by token", "Translate: beam 5", "Forecast", "Plain tensors"):
+    for title in ("Classify", "Translate, token by token", "Translate: beam 5", "Forecast", "A session that remembers", "Plain tensors"):
         assert f"\n{title}" in out
-    assert set(fake.calls) == {"Models", "Classify", "TranslateStream", "Translate", "Forecast", "ModelMetadata", "ModelInfer"}
+    assert set(fake.calls) == set(ASKED)
+    assert fake.sessions == {}
 
 
-@pytest.mark.parametrize("method", ["Models", "Classify", "TranslateStream", "Translate", "Forecast", "ModelMetadata", "ModelInfer"])
+ASKED = (
+    "Models", "Classify", "TranslateStream", "Translate", "Forecast", "ModelMetadata", "ModelInfer", "Open", "Turn", "Fork", "Close",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ASKED)
 def test_demo_fails_with_any_step(method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever call fails, the demo does not end well."""
     with fakes.serving() as fake:

@@ -281,6 +281,30 @@ def test_every_status_has_its_error(code: grpc.StatusCode) -> None:
     assert (error.status, str(error)) == (code.name, "why")
 
 
+@pytest.mark.parametrize(
+    ("code", "reasons", "kind"),
+    [
+        (Code.NOT_FOUND, "UNKNOWN_SESSION", seqserve.SessionNotFound),
+        (Code.NOT_FOUND, "UNKNOWN_MODEL", seqserve.NotFound),
+        (Code.FAILED_PRECONDITION, "SESSION_CLOSED SESSION_EXPIRED SESSION_EVICTED SESSION_MOVED SESSION_UNLOADED", seqserve.SessionGone),
+        (Code.FAILED_PRECONDITION, "GAP OTHER_INPUT ACKNOWLEDGED ACKNOWLEDGED_AHEAD SESSION_EXISTS", seqserve.SessionConflict),
+        (Code.FAILED_PRECONDITION, "SOMETHING_NEW", seqserve.FailedPrecondition),
+        (Code.RESOURCE_EXHAUSTED, "SESSION_QUOTA UNACKNOWLEDGED QUEUE_FULL", seqserve.Overloaded),
+    ],
+)
+def test_refusals_of_sessions(code: grpc.StatusCode, reasons: str, kind: type[seqserve.Error]) -> None:
+    """Each reason has its class, as the status of a call and as a message of a stream, and tells the last turn applied."""
+    for reason in reasons.split():
+        _, message, details = failure(code, "why", reason, retry=0.5, turn="7")
+        told = errors.from_status(code, message, ((errors.DETAILS_KEY, details),))
+        streamed = errors.from_refusal(code.value[0], "why", reason, {"turn": "7"}, 0.5)
+        for error in (told, streamed):
+            assert type(error) is kind
+            assert (error.reason, error.turn, error.retry_after) == (reason, 7, 0.5)
+    assert errors.Error("x", details={"turn": "many"}).turn is None
+    assert errors.from_refusal(99, "x", "", {}, None).status == "UNKNOWN"
+
+
 def test_details_are_read(ask: Ask, fake: Fake) -> None:
     """Reason, details and the time to come back arrive from google.rpc.Status."""
     fake.failures = [failure(Code.INVALID_ARGUMENT, "3 channels", "WRONG_CHANNELS", expected="7", got="3")]
@@ -355,6 +379,11 @@ def test_the_wait_is_what_was_asked_for_and_fits(tries: int, limit: int, left: f
 def test_other_failures_stand(kind: type[seqserve.Error]) -> None:
     """What a second try can't change is not tried again, whatever the server says."""
     assert retry.delay(kind("", retry_after=0.0), 1, 10, 1e6, 0.0) is None
+
+
+def test_tries_without_a_limit() -> None:
+    """However many tries were made, there is a wait for the next."""
+    assert 0 < (retry.delay(seqserve.Unavailable(""), 10**6, retry.UNLIMITED, 1e9, 0.5) or 0.0) <= retry.LONGEST
 
 
 def test_tries_share_one_deadline() -> None:

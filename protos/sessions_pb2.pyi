@@ -244,7 +244,9 @@ class TurnReply(_message.Message):
     @_builtins.property
     def forecast(self) -> _seqserve_pb2.ForecastReply: ...
     @_builtins.property
-    def classification(self) -> _seqserve_pb2.Classification: ...
+    def classification(self) -> _seqserve_pb2.Classification:
+        """Label and score of all the text so far; `tokens` counts what this turn read, the unfinished last word anew."""
+
     @_builtins.property
     def refusal(self) -> Global___Refusal:
         """Only in Turns: this turn was refused."""

@@ -37,8 +37,8 @@ CAPTIONS = (
     "A little girl in a red dress is climbing a tree.",
     "A man is riding a bicycle down a busy street.",
 )
-PIECES = ("A slow, muddled first hour; ", "then the two leads wake up, ", "and the ending is a joy. I loved it.")
-OTHERWISE = "and it only gets worse. A complete waste of an evening."
+PIECES = ("I went in expecting very little; ", "the first hour is dull, ", "but the last is superb, and I loved every minute of it.")
+OTHERWISE = "and the last is worse. A complete waste of an evening."
 CHANNELS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")  # a power transformer's loads and oil temperature
 
 

@@ -125,6 +125,18 @@ _BY_REASON: Mapping[tuple[grpc.StatusCode, str], type[Error]] = {
         for how in ("CLOSED", "EXPIRED", "EVICTED", "MOVED", "UNLOADED")
     },
     **{
+        (grpc.StatusCode.FAILED_PRECONDITION, reason): SessionGone  # it survived, and can't go on
+        for reason in (
+            "MODEL_GONE",
+            "FINGERPRINT_MISMATCH",
+            "STATE_MISMATCH",
+            "RECORD_FOREIGN",
+            "RECORD_OTHER_FORMAT",
+            "RECORD_SHORT",
+            "RECORD_DAMAGED",
+        )
+    },
+    **{
         (grpc.StatusCode.FAILED_PRECONDITION, reason): SessionConflict
         for reason in ("GAP", "OTHER_INPUT", "ACKNOWLEDGED", "ACKNOWLEDGED_AHEAD", "SESSION_EXISTS")
     },

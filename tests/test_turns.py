@@ -207,6 +207,18 @@ def test_a_refusal_in_a_stream_ends_only_its_turn(served: Served, whole: Any) ->
     assert scores(got[0]) + scores(got[4]) == whole(np.array([1, 2, 3, 4]))
 
 
+def test_what_was_sent_ahead_of_a_refusal_is_refused_too(served: Served, whole: Any) -> None:
+    """Two writers: one whose turn the other has taken does not have its next turn applied on top of the other's."""
+    calls = Calls(served)
+    a = calls.new()
+    calls.turn(turn(a, 1, [1, 2]))
+    requests = [turn(a, 1, [7]), turn(a, 2, [8]), turn(a, 3, [9]), turn(a, 1, [1, 2]), turn(a, 2, [3])]
+    got = [reply for message in calls.turns(iter([pb.TurnsRequest(turns=requests)])) for reply in message.turns]
+    assert [r.refusal.reason for r in sorted(got, key=lambda r: not r.HasField("refusal"))] == ["OTHER_INPUT", "GAP", "GAP", "", ""]
+    read = [scores(r) for r in got if not r.HasField("refusal")]
+    assert b"".join(read) == whole(np.array([1, 2, 3]))
+
+
 def test_a_broken_stream_loses_nothing(served: Served, whole: Any) -> None:
     """A caller whose stream breaks sends again whatever it has no reply to, and the session is as if nothing had happened."""
     calls, rng = Calls(served), random.Random(7)

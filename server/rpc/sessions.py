@@ -13,7 +13,7 @@ from contract.bundle import is_ragged
 from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server.catalog import Model
-from server.errors import InvalidInput, ModelFailed, ServeError
+from server.errors import Conflict, InvalidInput, ModelFailed, ServeError
 from server.inputs import Sizes, check
 from server.rpc import wire
 from server.rpc.answer import Answer, Desk, malformed
@@ -72,6 +72,7 @@ class _Stream(Receiver):
         self._due = 0  # turns taken and not yet answered; the front's thread counts up, workers count down
         self._lock = threading.Lock()
         self._ended = False
+        self._refused: dict[str, int] = {}  # by session, a turn of this stream that was refused
         answer.cancel_by(lambda: None)  # turns that were begun run on: their caller may come back for the replies
 
     def on_message(self, message: bytes) -> None:
@@ -104,12 +105,22 @@ class _Stream(Receiver):
                 self._answer.done()
 
         try:
+            if turn.turn > self._refused.get(turn.session, turn.turn):
+                # Sent ahead of the refusal: on top of whatever is in the refused turn's place it would be another turn.
+                raise _behind(turn, self._refused[turn.session])
+            self._refused.pop(turn.session, None)
             _take(self._turns, turn, told)
         except ServeError as e:
+            self._refused.setdefault(turn.session, turn.turn)
             told(e)
         except Exception:
             told(ModelFailed("INTERNAL", "the server failed while it took this turn; its log has the reason"))
             raise
+
+
+def _behind(turn: pb.TurnRequest, refused: int) -> Conflict:
+    message = f"session {turn.session!r}: turn {refused}, before this one, was refused; send it again first"
+    return Conflict("GAP", message, session=turn.session, refused=refused)
 
 
 def _take(turns: Turns, request: pb.TurnRequest, told: Told) -> None:

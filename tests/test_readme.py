@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,15 +33,14 @@ def somewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", SHELL)
 def test_shell(command: str, served: Served, somewhere: Path) -> None:
     """Each line of the README's shell blocks, in order, ends well and prints something."""
-    words = shlex.split(command)
-    program = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
-    environment = {**os.environ, "SEQSERVE_SERVER": f"localhost:{served.port}"}
-    ran = subprocess.run(program, cwd=somewhere, env=environment, capture_output=True, text=True, timeout=110)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "SEQSERVE_SERVER": f"localhost:{served.port}"}
+    ran = subprocess.run(["sh", "-c", command], cwd=somewhere, env=environment, capture_output=True, text=True, timeout=110)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=["client", "tensors"])
+@pytest.mark.parametrize("code", PYTHON, ids=["client", "tensors", "sessions"])
 def test_python(code: str, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     """Each Python block runs as it stands, but for the port."""
     assert "localhost:8001" in code

@@ -27,7 +27,7 @@ check: setup-dev        ## format, lint, types, import arrows, generated stubs
 quality: setup-dev      ## the shipped bundles on the full test sets: DATA=DIR, RUN=--served over gRPC
 	$(BIN)/python -m tests.figures.quality --data $(DATA) $(RUN)
 
-crash: setup-dev        ## live sessions under kill -9: nothing lost, nothing doubled; RUN="--store redis://HOST"
+crash: setup-dev        ## live sessions under kill -9: nothing lost, nothing doubled; RUN="--store redis"
 	$(BIN)/python -m tests.figures.crash $(RUN)
 
 protos: setup-dev       ## write the stubs anew from protos/*.proto

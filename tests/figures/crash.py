@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
+import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -189,30 +192,55 @@ def run(server: Server, every: list[Plan], kills: int, seed: int, progress: Prog
     return outcome
 
 
+@contextmanager
+def store(kind: str, directory: str) -> Iterator[str]:
+    """The address of a new store; for "redis" with a redis-server of its own, which is not killed."""
+    if kind != "redis":
+        yield f"lmdb:{directory}/sessions" if kind == "lmdb" else kind
+        return
+    socket = f"{directory}/redis.sock"
+    command = ["redis-server", "--port", "0", "--unixsocket", socket, "--save", "", "--appendonly", "no", "--dir", directory]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        if not any("eady to accept connections" in line for line in process.stdout):
+            raise RuntimeError("redis-server ended before it was ready")
+        yield f"unix://{socket}"
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make crash", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--turns", type=int, default=320, help="of each session")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--store", default="lmdb", help="lmdb, or a redis:// or unix:// address")
+    parser.add_argument("--store", action="append", help="lmdb, redis (a redis-server is started) or an address; may be given again")
     parser.add_argument("--models", type=Path, default=ROOT / "models")
     options = parser.parse_args()
+    kinds = options.store or (["lmdb", "redis"] if shutil.which("redis-server") else ["lmdb"])
     every = plans(options.sessions, options.turns, options.seed)
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with tempfile.TemporaryDirectory() as directory, Progress(*columns, console=console) as progress:
-        store = f"lmdb:{directory}/sessions" if options.store == "lmdb" else options.store
-        undisturbed = run(Server(options.models, []), every, 0, options.seed, progress, "undisturbed")
-        crashed = run(Server(options.models, ["--store", store]), every, options.kills, options.seed, progress, f"killed, {options.store}")
-    differing = [id for id, digest in undisturbed.digests.items() if crashed.digests.get(id) != digest]
     turns = options.sessions * options.turns
-    print(
-        f"crash ({options.store}): {crashed.kills} kills, {turns:,} turns of {options.sessions} sessions, {crashed.retries} retries, "
-        f"{crashed.lost} lost, {crashed.doubled} doubled, {len(differing)} sessions differ from the undisturbed run "
-        f"({crashed.seconds:.0f} s against {undisturbed.seconds:.0f} s)"
-    )
-    return 1 if crashed.lost or crashed.doubled or differing or crashed.kills < options.kills else 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    said, bad = [], False
+    with Progress(*columns, console=Console()) as progress:
+        undisturbed = run(Server(options.models, []), every, 0, options.seed, progress, "undisturbed")
+        for kind in kinds:
+            with tempfile.TemporaryDirectory() as directory, store(kind, directory) as address:
+                crashed = run(Server(options.models, ["--store", address]), every, options.kills, options.seed, progress, f"killed, {kind}")
+            differing = [id for id, digest in undisturbed.digests.items() if crashed.digests.get(id) != digest]
+            bad |= bool(crashed.lost or crashed.doubled or differing) or crashed.kills < options.kills
+            said.append(
+                f"{kind}: {crashed.kills} kills, {crashed.retries} retries, {crashed.lost} lost, {crashed.doubled} doubled, "
+                f"{'all identical' if not differing else f'{len(differing)} sessions differ'}, {crashed.seconds:.0f} s"
+            )
+    if "redis" not in kinds and not options.store:
+        print("redis-server is not installed: Redis was left out")
+    print(f"crash, {turns:,} turns of {options.sessions} sessions (undisturbed {undisturbed.seconds:.0f} s) · " + " · ".join(said))
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -5,27 +5,29 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 
 from server.app import App
 from server.config import Config
 from server.store import StoreUnusable
 
+STOP = (signal.SIGTERM, signal.SIGINT)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = Config.parse(argv)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    stop = threading.Event()
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sign, lambda *_: stop.set())
+    # Waited for, not handled: a Python handler only runs once the main thread runs Python again, and a signal that comes
+    # just before it starts to wait would be lost. Blocked before any thread is started, so that none of them takes it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     try:
         app = App(config)
         app.start()
     except (OSError, ValueError, StoreUnusable) as e:
         print(f"seqserve: {e}", file=sys.stderr)
         return 1
-    stop.wait()
+    signal.sigwait(STOP)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # a second one ends us at once
     logging.getLogger(__name__).info("draining")
     app.stop()
     return 0

@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?=
 
-.PHONY: serve demo test check quality crash protos setup setup-dev clean
+.PHONY: serve demo test check quality crash bench-sessions protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -29,6 +29,9 @@ quality: setup-dev      ## the shipped bundles on the full test sets: DATA=DIR, 
 
 crash: setup-dev        ## live sessions under kill -9: nothing lost, nothing doubled; RUN="--store redis"
 	$(BIN)/python -m tests.figures.crash $(RUN)
+
+bench-sessions: setup-dev ## what a turn costs, every store side by side; RUN="--open 0 --repeats 1" is shorter
+	$(BIN)/python -m tests.figures.sessions_bench $(RUN)
 
 protos: setup-dev       ## write the stubs anew from protos/*.proto
 	$(BIN)/python -m protos

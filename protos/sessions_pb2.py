@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from protos import seqserve_pb2 as protos_dot_seqserve__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/sessions.proto\x12\x0bseqserve.v1\x1a\x15protos/seqserve.proto\"\x1e\n\x0bSessionName\x12\x0f\n\x07session\x18\x01 \x01(\t\"N\n\x0bOpenRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x12.seqserve.v1.Model\x12\x0b\n\x03ttl\x18\x03 \x01(\x01\"\x87\x01\n\x0bSessionInfo\x12\x0f\n\x07session\x18\x01 \x01(\t\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x12.seqserve.v1.Model\x12\x0c\n\x04turn\x18\x03 \x01(\x04\x12\x14\n\x0c\x61\x63knowledged\x18\x04 \x01(\x04\x12\x0b\n\x03ttl\x18\x05 \x01(\x01\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\"+\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\t\"F\n\tListReply\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.seqserve.v1.SessionInfo\x12\r\n\x05total\x18\x02 \x01(\x04\",\n\x0b\x46orkRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04\x66ork\x18\x02 \x01(\t\"\xb1\x01\n\x0bTurnRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04turn\x18\x02 \x01(\x04\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x04\x12\'\n\x07tensors\x18\x04 \x01(\x0b\x32\x14.seqserve.v1.TensorsH\x00\x12+\n\x0cobservations\x18\x05 \x01(\x0b\x32\x13.seqserve.v1.SeriesH\x00\x12\x0e\n\x04text\x18\x06 \x01(\tH\x00\x42\x07\n\x05input\"\xed\x01\n\tTurnReply\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04turn\x18\x02 \x01(\x04\x12\'\n\x07tensors\x18\x03 \x01(\x0b\x32\x14.seqserve.v1.TensorsH\x00\x12.\n\x08\x66orecast\x18\x04 \x01(\x0b\x32\x1a.seqserve.v1.ForecastReplyH\x00\x12\x35\n\x0e\x63lassification\x18\x05 \x01(\x0b\x32\x1b.seqserve.v1.ClassificationH\x00\x12\'\n\x07refusal\x18\x06 \x01(\x0b\x32\x14.seqserve.v1.RefusalH\x00\x42\x08\n\x06output\"7\n\x0cTurnsRequest\x12\'\n\x05turns\x18\x01 \x03(\x0b\x32\x18.seqserve.v1.TurnRequest\"3\n\nTurnsReply\x12%\n\x05turns\x18\x01 \x03(\x0b\x32\x16.seqserve.v1.TurnReply\"\xab\x01\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12.\n\x05\x66\x61\x63ts\x18\x04 \x03(\x0b\x32\x1f.seqserve.v1.Refusal.FactsEntry\x12\x13\n\x0bretry_after\x18\x05 \x01(\x01\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"/\n\x07Tensors\x12$\n\x07tensors\x18\x01 \x03(\x0b\x32\x13.seqserve.v1.Tensor\"I\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\x11\n\x05shape\x18\x03 \x03(\x03\x42\x02\x10\x01\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x32\xaf\x03\n\x08Sessions\x12:\n\x04Open\x12\x18.seqserve.v1.OpenRequest\x1a\x18.seqserve.v1.SessionInfo\x12\x38\n\x04Turn\x12\x18.seqserve.v1.TurnRequest\x1a\x16.seqserve.v1.TurnReply\x12?\n\x05Turns\x12\x19.seqserve.v1.TurnsRequest\x1a\x17.seqserve.v1.TurnsReply(\x01\x30\x01\x12\x39\n\x03Get\x12\x18.seqserve.v1.SessionName\x1a\x18.seqserve.v1.SessionInfo\x12\x38\n\x04List\x12\x18.seqserve.v1.ListRequest\x1a\x16.seqserve.v1.ListReply\x12:\n\x04\x46ork\x12\x18.seqserve.v1.ForkRequest\x1a\x18.seqserve.v1.SessionInfo\x12;\n\x05\x43lose\x12\x18.seqserve.v1.SessionName\x1a\x18.seqserve.v1.SessionInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/sessions.proto\x12\x0bseqserve.v1\x1a\x15protos/seqserve.proto\"\x1e\n\x0bSessionName\x12\x0f\n\x07session\x18\x01 \x01(\t\"N\n\x0bOpenRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x12.seqserve.v1.Model\x12\x0b\n\x03ttl\x18\x03 \x01(\x01\"\x87\x01\n\x0bSessionInfo\x12\x0f\n\x07session\x18\x01 \x01(\t\x12!\n\x05model\x18\x02 \x01(\x0b\x32\x12.seqserve.v1.Model\x12\x0c\n\x04turn\x18\x03 \x01(\x04\x12\x14\n\x0c\x61\x63knowledged\x18\x04 \x01(\x04\x12\x0b\n\x03ttl\x18\x05 \x01(\x01\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\"+\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\t\"F\n\tListReply\x12*\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.seqserve.v1.SessionInfo\x12\r\n\x05total\x18\x02 \x01(\x04\",\n\x0b\x46orkRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04\x66ork\x18\x02 \x01(\t\".\n\rExportRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04move\x18\x02 \x01(\x08\"\x8a\x01\n\x08\x45xported\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12/\n\x05pages\x18\x02 \x03(\x0b\x32 .seqserve.v1.Exported.PagesEntry\x12\x0f\n\x07session\x18\x03 \x01(\t\x1a,\n\nPagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"I\n\rImportRequest\x12\'\n\x08\x65xported\x18\x01 \x01(\x0b\x32\x15.seqserve.v1.Exported\x12\x0f\n\x07session\x18\x02 \x01(\t\"\xb1\x01\n\x0bTurnRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04turn\x18\x02 \x01(\x04\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x04\x12\'\n\x07tensors\x18\x04 \x01(\x0b\x32\x14.seqserve.v1.TensorsH\x00\x12+\n\x0cobservations\x18\x05 \x01(\x0b\x32\x13.seqserve.v1.SeriesH\x00\x12\x0e\n\x04text\x18\x06 \x01(\tH\x00\x42\x07\n\x05input\"\xed\x01\n\tTurnReply\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0c\n\x04turn\x18\x02 \x01(\x04\x12\'\n\x07tensors\x18\x03 \x01(\x0b\x32\x14.seqserve.v1.TensorsH\x00\x12.\n\x08\x66orecast\x18\x04 \x01(\x0b\x32\x1a.seqserve.v1.ForecastReplyH\x00\x12\x35\n\x0e\x63lassification\x18\x05 \x01(\x0b\x32\x1b.seqserve.v1.ClassificationH\x00\x12\'\n\x07refusal\x18\x06 \x01(\x0b\x32\x14.seqserve.v1.RefusalH\x00\x42\x08\n\x06output\"7\n\x0cTurnsRequest\x12\'\n\x05turns\x18\x01 \x03(\x0b\x32\x18.seqserve.v1.TurnRequest\"3\n\nTurnsReply\x12%\n\x05turns\x18\x01 \x03(\x0b\x32\x16.seqserve.v1.TurnReply\"\xab\x01\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12.\n\x05\x66\x61\x63ts\x18\x04 \x03(\x0b\x32\x1f.seqserve.v1.Refusal.FactsEntry\x12\x13\n\x0bretry_after\x18\x05 \x01(\x01\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"/\n\x07Tensors\x12$\n\x07tensors\x18\x01 \x03(\x0b\x32\x13.seqserve.v1.Tensor\"I\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\x11\n\x05shape\x18\x03 \x03(\x03\x42\x02\x10\x01\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x32\xac\x04\n\x08Sessions\x12:\n\x04Open\x12\x18.seqserve.v1.OpenRequest\x1a\x18.seqserve.v1.SessionInfo\x12\x38\n\x04Turn\x12\x18.seqserve.v1.TurnRequest\x1a\x16.seqserve.v1.TurnReply\x12?\n\x05Turns\x12\x19.seqserve.v1.TurnsRequest\x1a\x17.seqserve.v1.TurnsReply(\x01\x30\x01\x12\x39\n\x03Get\x12\x18.seqserve.v1.SessionName\x1a\x18.seqserve.v1.SessionInfo\x12\x38\n\x04List\x12\x18.seqserve.v1.ListRequest\x1a\x16.seqserve.v1.ListReply\x12:\n\x04\x46ork\x12\x18.seqserve.v1.ForkRequest\x1a\x18.seqserve.v1.SessionInfo\x12;\n\x05\x43lose\x12\x18.seqserve.v1.SessionName\x1a\x18.seqserve.v1.SessionInfo\x12;\n\x06\x45xport\x12\x1a.seqserve.v1.ExportRequest\x1a\x15.seqserve.v1.Exported\x12>\n\x06Import\x12\x1a.seqserve.v1.ImportRequest\x1a\x18.seqserve.v1.SessionInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.sessions_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_EXPORTED_PAGESENTRY']._loaded_options = None
+  _globals['_EXPORTED_PAGESENTRY']._serialized_options = b'8\001'
   _globals['_REFUSAL_FACTSENTRY']._loaded_options = None
   _globals['_REFUSAL_FACTSENTRY']._serialized_options = b'8\001'
   _globals['_TENSOR'].fields_by_name['shape']._loaded_options = None
@@ -48,22 +50,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTREPLY']._serialized_end=426
   _globals['_FORKREQUEST']._serialized_start=428
   _globals['_FORKREQUEST']._serialized_end=472
-  _globals['_TURNREQUEST']._serialized_start=475
-  _globals['_TURNREQUEST']._serialized_end=652
-  _globals['_TURNREPLY']._serialized_start=655
-  _globals['_TURNREPLY']._serialized_end=892
-  _globals['_TURNSREQUEST']._serialized_start=894
-  _globals['_TURNSREQUEST']._serialized_end=949
-  _globals['_TURNSREPLY']._serialized_start=951
-  _globals['_TURNSREPLY']._serialized_end=1002
-  _globals['_REFUSAL']._serialized_start=1005
-  _globals['_REFUSAL']._serialized_end=1176
-  _globals['_REFUSAL_FACTSENTRY']._serialized_start=1132
-  _globals['_REFUSAL_FACTSENTRY']._serialized_end=1176
-  _globals['_TENSORS']._serialized_start=1178
-  _globals['_TENSORS']._serialized_end=1225
-  _globals['_TENSOR']._serialized_start=1227
-  _globals['_TENSOR']._serialized_end=1300
-  _globals['_SESSIONS']._serialized_start=1303
-  _globals['_SESSIONS']._serialized_end=1734
+  _globals['_EXPORTREQUEST']._serialized_start=474
+  _globals['_EXPORTREQUEST']._serialized_end=520
+  _globals['_EXPORTED']._serialized_start=523
+  _globals['_EXPORTED']._serialized_end=661
+  _globals['_EXPORTED_PAGESENTRY']._serialized_start=617
+  _globals['_EXPORTED_PAGESENTRY']._serialized_end=661
+  _globals['_IMPORTREQUEST']._serialized_start=663
+  _globals['_IMPORTREQUEST']._serialized_end=736
+  _globals['_TURNREQUEST']._serialized_start=739
+  _globals['_TURNREQUEST']._serialized_end=916
+  _globals['_TURNREPLY']._serialized_start=919
+  _globals['_TURNREPLY']._serialized_end=1156
+  _globals['_TURNSREQUEST']._serialized_start=1158
+  _globals['_TURNSREQUEST']._serialized_end=1213
+  _globals['_TURNSREPLY']._serialized_start=1215
+  _globals['_TURNSREPLY']._serialized_end=1266
+  _globals['_REFUSAL']._serialized_start=1269
+  _globals['_REFUSAL']._serialized_end=1440
+  _globals['_REFUSAL_FACTSENTRY']._serialized_start=1396
+  _globals['_REFUSAL_FACTSENTRY']._serialized_end=1440
+  _globals['_TENSORS']._serialized_start=1442
+  _globals['_TENSORS']._serialized_end=1489
+  _globals['_TENSOR']._serialized_start=1491
+  _globals['_TENSOR']._serialized_end=1564
+  _globals['_SESSIONS']._serialized_start=1567
+  _globals['_SESSIONS']._serialized_end=2123
 # @@protoc_insertion_point(module_scope)

@@ -142,6 +142,18 @@ class AsyncSession(sessions.Handle):
             wanted = sessions.Wanted(new, sessions.fork(self.id, new), made=not id)
             return await AsyncSession(self._client, wanted, close, self._timeout).open(timeout=timeout)
 
+    async def export(self, *, move: bool = False, timeout: float | None = None) -> bytes:
+        """The session as bytes, for the client's `bring`, on this server or another with the same model. `move` ends it here."""
+        async with self._lock:
+            line = await self._opened(timeout)
+            tries = self._client._tries(self._within(timeout), retry.UNLIMITED)
+            line.begin()
+            while len(line):
+                await self._first(line, tries)
+            exported = await self._client._call(sessions.export(self.id, move), self._within(timeout))
+            self._close = self._close and not move
+            return exported
+
     async def info(self, *, timeout: float | None = None) -> results.SessionInfo:
         """What the server has of this session now."""
         async with self._lock:

@@ -166,6 +166,10 @@ class Client:
         turn applied. A turn that was applied beyond it is answered again when it is sent again."""
         return Session(self, sessions.resuming(id, turn), close, timeout)
 
+    def bring(self, exported: bytes, id: str = "", *, close: bool = True, timeout: float | None = None) -> Session:
+        """A session from the bytes that a session's `export` gave, here or on another server, under its own id or a new one."""
+        return Session(self, sessions.bringing(exported, id), close, timeout)
+
     def sessions(self, limit: int = 0, after: str = "", *, timeout: float | None = None) -> list[results.SessionInfo]:
         """The open sessions by id, at most `limit` of them (0: 1,000), from the first id after `after`."""
         return self._call(sessions.listed(limit, after), timeout)

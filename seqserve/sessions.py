@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from protos import sessions_pb2 as pb
 from seqserve import errors, results
@@ -28,6 +28,21 @@ def close(id: str) -> Call[results.SessionInfo]:
 
 def fork(id: str, new: str) -> Call[results.SessionInfo]:
     return _named("Fork", id, pb.ForkRequest(session=string("id", id), fork=string("fork", new)))
+
+
+def export(id: str, move: bool) -> Call[bytes]:
+    request = pb.ExportRequest(session=string("id", id), move=bool(move))
+    return Call(SERVICE + "Export", request.SerializeToString(), bytes, metadata=metadata(id))
+
+
+def bringing(exported: bytes, id: str) -> Wanted:
+    """A session that `export` gave as bytes, to be opened from them. Raises InvalidInput for other bytes."""
+    try:
+        part = pb.Exported.FromString(exported)
+    except (DecodeError, TypeError):
+        raise errors.invalid("these are not the bytes of an exported session") from None
+    name = string("id", id) or part.session
+    return Wanted(name, _named("Import", name, pb.ImportRequest(exported=part, session=name)))
 
 
 def listed(limit: int, after: str) -> Call[list[results.SessionInfo]]:

@@ -13,7 +13,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from server.catalog import Catalog, Model
 from server.engine import Clock, Workers
 from server.errors import Conflict, Gone, InvalidInput, ModelFailed, NotFound, ServeError, listed
 from server.inputs import Array, Sizes
-from server.records import Record, Unreadable, fits
+from server.records import Record, Unreadable, decode, encode, fits
 from server.sequence import Outputs, Sequence
 from server.sessions import Kept, Pending, Session, Sessions
 from server.states import Rows
@@ -205,6 +205,39 @@ class Turns:
         with self._wake:
             kept = self._sessions.fork(id, new or _new_id(), self._clock()).kept
             self._wake.notify_all()
+        self._keep(kept)
+        return kept
+
+    def export(self, id: str, move: bool) -> tuple[bytes, dict[int, bytes]]:
+        """A session as its record, and pages of replies; `move` ends it here. Raises Conflict where turns are under way."""
+        self._find(id)
+        with self._wake:
+            session = self._sessions.find(id)
+            kept = session.kept
+            if move and session.line:
+                message = f"session {id!r} has turns under way; read their replies first; last applied is turn {kept.turn}"
+                raise Conflict("BUSY", message, session=id, turn=kept.turn)
+            if move:
+                self._sessions.close(id, "moved")
+        if move:
+            self._write((), [id])
+        value, _, added, _ = encode(_record(kept, self._wall() + kept.ttl))
+        return value, dict(added)
+
+    def bring(self, record: bytes, pages: Mapping[int, bytes], id: str = "") -> Kept:
+        """Take up a session that was exported, under its own id or another. Raises InvalidInput for bytes that are none,
+        Gone where another model made its state, Conflict where its id lives."""
+        _check_id(id)
+        try:
+            found = decode(record, pages.get).record
+        except Unreadable as e:
+            raise InvalidInput("RECORD_" + e.reason, f"what was sent is no exported session: {e}") from None
+        kept = replace(found.kept, id=id or found.kept.id)
+        self._find(kept.id)
+        self._take_up(replace(found, kept=kept, expires=self._wall() + kept.ttl))
+        with self._wake:
+            self._unfit.pop(kept.id, None)
+            kept = self._sessions.find(kept.id).kept
         self._keep(kept)
         return kept
 

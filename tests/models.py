@@ -94,6 +94,29 @@ def fragile(directory: Path, name: str = "fragile") -> Bundle:
     return contract.save(Bundle(name, {"step": loose}, "step"), directory)
 
 
+def two_layers(directory: Path, name: str = "two_layers", width: int = 16, hidden: int = 256) -> Bundle:
+    """x [batch, time, 16] → two LSTM layers of 256 → y [batch, time, 16], both layers' states fed in and given back."""
+    directory.mkdir(parents=True, exist_ok=True)
+    initial = _weights(2, out=(hidden, width)) + _ints(one=[1])
+    nodes = [helper.make_node("Transpose", ["x"], ["y0"], perm=[1, 0, 2])]
+    states = []
+    for layer, size in ((1, width), (2, hidden)):
+        w, r, b = f"w{layer}", f"r{layer}", f"b{layer}"
+        initial += _weights(2 + layer, **{w: (1, 4 * hidden, size), r: (1, 4 * hidden, hidden), b: (1, 8 * hidden)})
+        states += [State(f"{kind}{layer}", f"{kind}{layer}_next", "float32", (1, "batch", hidden)) for kind in "hc"]
+        carried = [f"y{layer}_4", f"h{layer}_next", f"c{layer}_next"]
+        nodes += [
+            helper.make_node("LSTM", [f"y{layer - 1}", w, r, b, "", f"h{layer}", f"c{layer}"], carried, hidden_size=hidden),
+            helper.make_node("Squeeze", [f"y{layer}_4", "one"], [f"y{layer}"]),
+        ]
+    nodes += [helper.make_node("Transpose", ["y2"], ["y2b"], perm=[1, 0, 2]), helper.make_node("MatMul", ["y2b", "out"], ["y"])]
+    inputs = [_value("x", FLOAT, "b", "t", width), *(_value(s.input, FLOAT, 1, "b", hidden) for s in states)]
+    outputs = [_value("y", FLOAT, "b", "t", width), *(_value(s.output, FLOAT, 1, "b", hidden) for s in states)]
+    _save(directory / "step.onnx", nodes, inputs, outputs, initial)
+    x, y = (Tensor(name, "float32", ("batch", "time", width)) for name in "xy")
+    return contract.save(Bundle(name, {"step": Graph("step.onnx", (x,), (y,), tuple(states))}, "step"), directory)
+
+
 def library(root: Path) -> Mapping[str, Bundle]:
     """A directory of models, as a server is given."""
     return {

@@ -777,3 +777,42 @@ def test_an_answer_that_makes_no_sense(fake: Fake, connect: Clients, monkeypatch
         monkeypatch.undo()
         assert s.send(step([3]))["tokens"].tolist() == [[3]]
         assert fake.sessions[s.id].info.turn == 3
+
+
+def test_a_session_moves_to_another_server(tmp_path: Path) -> None:
+    """Exported from one server and imported into another, a session goes on as if it had never moved; here it has moved, there
+    an older copy under another id lives a life of its own; what isn't an export, or is another model's, is refused."""
+    library = tmp_path / "models"
+    models.library(library)
+    piece = {"tokens": np.array([[1, 2, 3]])}
+    with (
+        serve(library) as here,
+        serve(library, "--store", f"lmdb:{tmp_path / 'there'}") as there,
+        seqserve.Client(f"localhost:{here.port}") as a,
+        seqserve.Client(f"localhost:{there.port}") as b,
+    ):
+        with a.session("reader") as alone:
+            expected = [alone.send(piece)["scores"].tobytes() for _ in range(4)]
+        session = a.session("reader", id="mine")
+        assert session.send(piece)["scores"].tobytes() == expected[0]
+        copy = session.export()
+        assert session.send(piece)["scores"].tobytes() == expected[1]
+        exported = session.export(move=True)
+        with pytest.raises(seqserve.SessionGone) as gone:
+            session.send(piece)
+        assert (gone.value.reason, gone.value.turn) == ("SESSION_MOVED", 2)
+        with b.bring(exported) as moved, b.bring(copy, id="older") as older:
+            assert (moved.id, moved.turn, older.turn) == ("mine", 2, 1)
+            assert older.send(piece)["scores"].tobytes() == expected[1]
+            assert moved.send(piece)["scores"].tobytes() == expected[2]
+            assert moved.send(piece)["scores"].tobytes() == expected[3]
+            with pytest.raises(seqserve.SessionConflict), b.bring(exported):
+                pass
+        for damaged in (exported[:-3], exported[:40] + b"x" + exported[41:], b"nonsense"):
+            with pytest.raises(seqserve.Error), b.bring(damaged, id="broken") as broken:
+                broken.send(piece)
+    models.reader(library / "reader" / "1", "reader", seed=5)
+    with serve(library) as other, seqserve.Client(f"localhost:{other.port}") as c:
+        with pytest.raises(seqserve.SessionGone) as unfit, c.bring(exported):
+            pass
+        assert unfit.value.reason == "FINGERPRINT_MISMATCH"

@@ -41,6 +41,8 @@ class Sessions:
             f"/{SERVICE}/Get": desk.unary(pb.SessionName, lambda r, answer: answer.done(_info(self._turns.get(r.session)))),
             f"/{SERVICE}/List": desk.unary(pb.ListRequest, self.list),
             f"/{SERVICE}/Fork": desk.unary(pb.ForkRequest, lambda r, answer: answer.done(_info(self._turns.fork(r.session, r.fork)))),
+            f"/{SERVICE}/Export": desk.unary(pb.ExportRequest, self.export),
+            f"/{SERVICE}/Import": desk.unary(pb.ImportRequest, self.bring),
             f"/{SERVICE}/Close": desk.unary(pb.SessionName, lambda r, answer: answer.done(_info(self._turns.close(r.session)))),
         }
 
@@ -55,6 +57,13 @@ class Sessions:
                 answer.done_bytes(reply)
 
         _take(self._turns, request, told)
+
+    def export(self, request: pb.ExportRequest, answer: Answer) -> None:
+        record, pages = self._turns.export(request.session, request.move)
+        answer.done(pb.Exported(record=record, pages=pages, session=request.session))
+
+    def bring(self, request: pb.ImportRequest, answer: Answer) -> None:
+        answer.done(_info(self._turns.bring(request.exported.record, request.exported.pages, request.session)))
 
     def list(self, request: pb.ListRequest, answer: Answer) -> None:
         every = self._turns.all()

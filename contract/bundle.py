@@ -23,6 +23,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ def is_ragged(axis: Axis) -> bool:
     return isinstance(axis, str) and axis.startswith(BATCH + "*")
 
 
-@dataclass(frozen=True, slots=True)
+# Tensor, State and Graph have no slots: every round asks what follows from them, and cached properties need a __dict__.
+
+
+@dataclass(frozen=True)
 class Tensor:
     """One input or output of a graph."""
 
@@ -80,7 +84,7 @@ class Tensor:
     high: float | None = None  # largest, inclusive: for token ids the vocabulary size less one
     finite: bool = True  # refuse NaN and infinity
 
-    @property
+    @cached_property
     def batch_axis(self) -> int | None:
         """Where rows lie: the position of "batch", or of the ragged axis; None for a constant of the round."""
         for position, axis in enumerate(self.axes):
@@ -88,20 +92,20 @@ class Tensor:
                 return position
         return None
 
-    @property
+    @cached_property
     def time_axis(self) -> int | None:
         return self.axes.index(TIME) if TIME in self.axes else None
 
-    @property
+    @cached_property
     def ragged(self) -> bool:
         return any(is_ragged(axis) for axis in self.axes)
 
-    @property
+    @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
         return DTYPES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class State:
     """A value that a graph takes in, gives back, and that the server carries between rounds."""
 
@@ -111,11 +115,11 @@ class State:
     axes: tuple[Axis, ...]
     initial: float = 0.0  # what a fresh row is filled with
 
-    @property
+    @cached_property
     def batch_axis(self) -> int:
         return self.axes.index(BATCH)
 
-    @property
+    @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
         return DTYPES[self.dtype]
 
@@ -129,7 +133,7 @@ class State:
         return self.numpy_dtype.itemsize * math.prod(int(a) for a in self.axes if a != BATCH)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Graph:
     """One ONNX file and what its inputs, outputs and states mean."""
 
@@ -139,7 +143,8 @@ class Graph:
     states: tuple[State, ...] = ()
     cut: bool = True  # may be run over a part of the time axis; False: one-shot (a bidirectional encoder)
     shared: bool = True  # rows of several callers may share a run; False where batch-mates alter the answer
-    max_time: int = 65536  # steps one caller may send for one request
+    max_time: int = 65536  # steps one caller may send for one request; without any time axis a call is one step, and this 1
+    max_rows: int = 65536  # rows one caller may send; 1, and not shared, where the file's batch is fixed to 1
 
     def input(self, name: str) -> Tensor | None:
         return next((t for t in self.inputs if t.name == name), None)
@@ -147,10 +152,24 @@ class Graph:
     def output(self, name: str) -> Tensor | None:
         return next((t for t in self.outputs if t.name == name), None)
 
-    @property
+    @cached_property
     def data(self) -> tuple[Tensor, ...]:
         """The inputs that a caller sends."""
         return tuple(t for t in self.inputs if t.role == "data")
+
+    @cached_property
+    def expected(self) -> Mapping[str, Tensor]:
+        """The same by name."""
+        return {t.name: t for t in self.data}
+
+    @cached_property
+    def constants(self) -> tuple[str, ...]:
+        """Of these, the constants of a round: rows share one only where they are equal."""
+        return tuple(t.name for t in self.data if t.batch_axis is None)
+
+    @cached_property
+    def ragged(self) -> bool:
+        return any(t.ragged for t in self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +282,15 @@ def _graph_faults(graph: Graph) -> Iterator[str]:
         yield f"max_time {graph.max_time}: must be at least 1"
     if not any(t.batch_axis is not None for t in graph.inputs):
         yield "no input has a batch axis: name the axis that rows lie on 'batch'"
-    if graph.states and not any(t.time_axis is not None for t in graph.data):
-        yield "has states but no input with a time axis: name the axis that a sequence advances along 'time'"
+    if graph.max_rows < 1:
+        yield f"max_rows {graph.max_rows}: must be at least 1"
+    if graph.max_rows == 1 and graph.shared:
+        yield "max_rows is 1, so rows of several callers can't run together: set shared to false"
+    if graph.states and graph.max_time > 1 and not any(t.time_axis is not None for t in graph.data):
+        yield (
+            "has states but no input with a time axis: name the axis that a sequence advances along 'time', or set max_time to 1 "
+            "where a call is one step"
+        )
     for kind, tensors in (("input", graph.inputs), ("output", graph.outputs)):
         for t in tensors:
             yield from (f"{kind} {t.name!r}: {fault}" for fault in _tensor_faults(t))

@@ -34,7 +34,7 @@ class App:
         limits = Limits(rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, workers=config.workers)
         self.catalog = Catalog(self.workers, limits, self.metrics, config.max_request_rows)
         self.store = open_store(config.store, config.durability)
-        self.turns = Turns(self.catalog, self.workers, self.store, config.max_sessions, config.session_ttl)
+        self.turns = Turns(self.catalog, self.workers, self.store, config.max_sessions, config.resident_sessions, config.session_ttl)
         services = [inference.SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
         self.health = health.Health(services)
         desk = Desk(self.metrics, config.access_log)

@@ -16,6 +16,7 @@ import numpy as np
 
 from contract import bundle as contract
 from contract.bundle import BATCH, TIME, Bundle, BundleError, Graph, Tensor, is_ragged
+from server import dropin
 from server.engine import Engine, Watch, Workers
 from server.errors import NotFound, listed
 from server.graph import OnnxGraph
@@ -59,7 +60,10 @@ class Model:
 
 
 class Catalog:
-    """The models of one directory: NAME/VERSION/bundle.json, versions being whole numbers, the highest the default."""
+    """The models of one directory: NAME/VERSION/bundle.json, versions being whole numbers, the highest the default.
+
+    Where there is no bundle.json but one ONNX file, its contract is proposed from the file itself (dropin.py).
+    """
 
     def __init__(self, workers: Workers, limits: Limits, watch: Watch, most_rows: int) -> None:
         self._workers = workers
@@ -83,7 +87,7 @@ class Catalog:
         name, version = directory.parent.name, directory.name
         if not version.isdecimal() or int(version) < 1:
             raise BundleError(str(directory), [f"version {version!r} must be a whole number from 1: rename the directory"])
-        bundle = contract.load(directory)
+        bundle = dropin.bundle(directory, name) if dropin.is_one(directory) else contract.load(directory)
         if bundle.name != name:
             raise BundleError(str(directory), [f"the bundle is named {bundle.name!r}: rename the directory or export it anew"])
         graphs: dict[str, OnnxGraph] = {}
@@ -151,7 +155,7 @@ def _task_faults(bundle: Bundle) -> list[str]:
 def _first_run(onnx: OnnxGraph) -> list[str]:
     """Warm up with one row and with several, and see that the outputs have the promised forms; what is wrong."""
     graph = onnx.graph
-    for rows, steps in ((1, 1), (3, min(2, graph.max_time))):
+    for rows, steps in ((1, 1), (min(3, graph.max_rows), min(2, graph.max_time))):
         feeds = {t.name: _sample(t, rows, steps) for t in graph.inputs} | {s.input: s.fresh(rows) for s in graph.states}
         try:
             results = onnx.run(feeds)

@@ -33,6 +33,7 @@ class Config:
         "process", "what an answered turn survives: none, process (kill -9), disk (a power cut); memory survives nothing"
     )
     max_sessions: int = _knob(100_000, "sessions open at once; one more is refused with a time to retry after")
+    resident_sessions: int = _knob(20_000, "sessions in memory; those unused longest leave it for the store, unnoticed")
     session_ttl: float = _knob(3600.0, "seconds a session lives after its last turn, where its caller names none")
     max_message_bytes: int = _knob(16 << 20, "size of one message; larger ones are refused")
     front: str = _knob("auto", "how calls are carried: queue (grpc's completion queue, fastest), public (grpc.aio), auto")
@@ -45,7 +46,7 @@ class Config:
 
     def __post_init__(self) -> None:
         least: Mapping[str, int] = {
-            "workers": 1, "max_rows": 1, "chunk": 1, "max_queue": 1, "max_request_rows": 1, "max_sessions": 1,
+            "workers": 1, "max_rows": 1, "chunk": 1, "max_queue": 1, "max_request_rows": 1, "max_sessions": 1, "resident_sessions": 1,
             "max_message_bytes": 1024, "port": 0,
             "metrics_port": -1,
         }  # fmt: skip

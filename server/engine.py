@@ -277,8 +277,9 @@ class Workers:
 def _key(engine: Engine, s: Sequence) -> tuple[object, ...]:
     """What must be equal for sequences to share a round: the graph, other named lengths, the round's constants."""
     graph = engine.graphs[s.graph].graph
-    constants = tuple(s.inputs[t.name].tobytes() for t in graph.data if t.batch_axis is None)
-    return (s.graph, s.named, *constants)
+    if not graph.constants:
+        return (s.graph, s.named)
+    return (s.graph, s.named, *(s.inputs[name].tobytes() for name in graph.constants))
 
 
 def _tell(failed: Callable[[ServeError], None], error: ServeError) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from contract.bundle import BundleError, Graph
+from contract.propose import Port
 
 Array = np.ndarray[Any, Any]
 
@@ -33,16 +34,7 @@ class OnnxGraph:
     """
 
     def __init__(self, graph: Graph, file: Path) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        # Rounds differ in rows and steps all the time: a memory pattern per shape would be planned and never reused.
-        options.enable_mem_pattern = False
-        try:
-            self._session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
-            raise BundleError(str(file), [f"onnxruntime can't load it: {e}"[:500]]) from None
+        self._session = _session(file)
         if faults := _faults(graph, self._session):
             raise BundleError(str(file), faults)
         self.graph = graph
@@ -53,6 +45,40 @@ class OnnxGraph:
         """One round: inputs and states by name → outputs, then next states, in the order of `self.outputs`."""
         result: Sequence[Array] = self._session.run(self._names, feeds)
         return result
+
+
+class OnnxFile:
+    """An ONNX file of which nothing but itself is known: its ports, and runs of it."""
+
+    def __init__(self, file: Path) -> None:
+        self._session = _session(file)
+        self.inputs = tuple(_port(value) for value in self._session.get_inputs())
+        self.outputs = tuple(_port(value) for value in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs by name. Raises ValueError where onnxruntime can't run it."""
+        try:
+            results: Sequence[Array] = self._session.run(None, feeds)
+        except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
+            raise ValueError(str(e)) from None
+        return {port.name: np.asarray(result) for port, result in zip(self.outputs, results, strict=True)}
+
+
+def _port(value: Any) -> Port:
+    return Port(value.name, _ONNX_DTYPES.get(value.type, value.type), tuple(value.shape))
+
+
+def _session(file: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    # Rounds differ in rows and steps all the time: a memory pattern per shape would be planned and never reused.
+    options.enable_mem_pattern = False
+    try:
+        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
+        raise BundleError(str(file), [f"onnxruntime can't load it: {e}"[:500]]) from None
 
 
 def _faults(graph: Graph, session: ort.InferenceSession) -> list[str]:
@@ -75,8 +101,8 @@ def _faults(graph: Graph, session: ort.InferenceSession) -> list[str]:
                 faults.append(f"{side} {name!r} has {len(shape)} axes in the file, {len(axes)} in the contract")
             elif shape:
                 for axis, size in zip(axes, shape, strict=True):
-                    one_step = axis == "time" and size == 1 and graph.max_time == 1
-                    if isinstance(size, int) and axis != size and not one_step:
+                    alone = (axis == "time" and graph.max_time == 1) or (axis == "batch" and graph.max_rows == 1)
+                    if isinstance(size, int) and axis != size and not (alone and size == 1):
                         faults.append(f"{side} {name!r} axis {axis!r} is fixed to {size} in the file: export it dynamic")
         if side == "input":
             named = {name for name, _, _ in promised}

@@ -29,7 +29,7 @@ class Sizes:
 
 def check(graph: Graph, inputs: Mapping[str, Array], most_rows: int) -> Sizes:
     """Raise InvalidInput naming tensor, expected and got, or return the sizes that all inputs agree on."""
-    expected = {t.name: t for t in graph.data}
+    expected = graph.expected
     for name in inputs:
         if name not in expected:
             raise InvalidInput(
@@ -45,6 +45,7 @@ def check(graph: Graph, inputs: Mapping[str, Array], most_rows: int) -> Sizes:
         _check_values(tensor, inputs[name])
     rows = sizes.pop(BATCH, (1, ""))[0]
     steps, where = sizes.pop(TIME, (1, ""))
+    most_rows = min(most_rows, graph.max_rows)
     if not 1 <= rows <= most_rows:
         raise InvalidInput("BAD_ROWS", f"{rows} rows in one request; allowed are 1 to {most_rows}", expected=f"1..{most_rows}", got=rows)
     if steps < 1:
@@ -88,7 +89,7 @@ def _check_form(tensor: Tensor, array: Array, sizes: dict[str, tuple[int, str]])
 def _check_values(tensor: Tensor, array: Array) -> None:
     if not array.size:
         return  # an empty axis is refused by its size, with a better message
-    if tensor.finite and array.dtype.kind == "f" and not np.isfinite(array).all():
+    if tensor.finite and array.dtype.kind == "f" and np.count_nonzero(np.isfinite(array)) < array.size:
         raise InvalidInput("NOT_FINITE", f"input {tensor.name!r} has NaN or infinity; only finite numbers are allowed", tensor=tensor.name)
     if tensor.low is not None or tensor.high is not None:
         low, high = array.min(), array.max()

@@ -95,16 +95,17 @@ class Sessions:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._live: dict[str, Session] = {}
+        self._live: OrderedDict[str, Session] = OrderedDict()  # in memory, used longest ago first
+        self._away: dict[str, tuple[float, int]] = {}  # stored only: id → deadline, last turn
         self._ended: OrderedDict[str, tuple[str, int]] = OrderedDict()  # id → why, last turn
         self._deadlines: list[tuple[float, int, str]] = []
         self._tie = itertools.count()
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._live) + len(self._away)
 
     def __contains__(self, id: str) -> bool:
-        return id in self._live
+        return id in self._live or id in self._away
 
     def open(self, kept: Kept, now: float, left: float | None = None) -> Session:
         """A new session, or one that was kept elsewhere, with `left` seconds to live (None: its ttl). Raises Conflict where its
@@ -113,13 +114,14 @@ class Sessions:
             turn = self._live[kept.id].kept.turn
             message = f"session {kept.id!r} is open; use another id, or go on with turn {turn + 1}"
             raise Conflict("SESSION_EXISTS", message, session=kept.id, turn=turn)
-        if len(self._live) >= self._most:
+        if kept.id not in self._away and len(self) >= self._most:
             soonest = max(0.05, self._next_deadline() - now)
             raise Overloaded(
                 "SESSION_QUOTA", f"{self._most} sessions are open, the most this server keeps; close some, or try again in {soonest:.1f} s",
                 retry_after=soonest, limit=self._most,
             )  # fmt: skip
         self._ended.pop(kept.id, None)
+        self._away.pop(kept.id, None)
         session = self._live[kept.id] = Session(kept, now + (kept.ttl if left is None else left))
         heapq.heappush(self._deadlines, (session.expires, next(self._tie), kept.id))
         return session
@@ -193,40 +195,72 @@ class Sessions:
         """End a session; its turns under way are the caller's to abort. `why`: closed, expired, evicted, moved or unloaded."""
         session = self.find(id)
         del self._live[id]
-        self._ended[id] = (why, session.kept.turn)
+        self._end(id, why, session.kept.turn)
+        return session
+
+    def _end(self, id: str, why: str, turn: int) -> None:
+        self._ended[id] = (why, turn)
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
-        return session
 
     def fork(self, id: str, new: str, now: float) -> Session:
         """Another session that goes on from the same turn; unanswered turns are not taken along."""
         kept = self.find(id).kept
         return self.open(replace(kept, id=new, acknowledged=kept.turn, replies=()), now)
 
-    def expired(self, now: float) -> list[Session]:
+    def expired(self, now: float) -> list[str]:
         """Sessions whose time is over; they have ended. One that has a turn under way lives on until it is done."""
         late = []
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, id = heapq.heappop(self._deadlines)
             session = self._live.get(id)
             if session is None:
+                if id in self._away and self._away[id][0] <= now:
+                    self._end(id, "expired", self._away.pop(id)[1])
+                    late.append(id)
                 continue
             if session.expires > now or session.line:  # it was used since: look again when it would now end
                 at = max(session.expires, now + session.kept.ttl) if session.line else session.expires
                 heapq.heappush(self._deadlines, (at, next(self._tie), id))
                 session.expires = at
             else:
-                late.append(self.close(id, "expired"))
+                self.close(id, "expired")
+                late.append(id)
         return late
+
+    def idle(self, beyond: int) -> list[Session]:
+        """The sessions in memory that were used longest ago and have no turn under way, as many as there are beyond `beyond`."""
+        count = len(self._live) - beyond
+        if count <= 0:
+            return []
+        return list(itertools.islice((s for s in self._live.values() if not s.line), count))
+
+    def put_away(self, session: Session, kept: Kept) -> None:
+        """A session that is stored as `kept` leaves memory, unless it was used meanwhile. Its deadline stays."""
+        id = kept.id
+        if self._live.get(id) is session and session.kept is kept and not session.line:
+            del self._live[id]
+            self._away[id] = (session.expires, kept.turn)
+            heapq.heappush(self._deadlines, (session.expires, next(self._tie), id))
+
+    def away(self, id: str) -> bool:
+        """Whether a session is stored only: it is to be opened again, as it was kept, before it is used."""
+        return id in self._away
 
     def wake_at(self) -> float | None:
         """When to call `expired` next."""
         return self._deadlines[0][0] if self._deadlines else None
 
     def all(self) -> list[Session]:
+        """Those in memory."""
         return list(self._live.values())
 
+    def ids(self) -> list[str]:
+        """Of all, in order."""
+        return sorted([*self._live, *self._away])
+
     def _touch(self, session: Session, now: float) -> None:
+        self._live.move_to_end(session.kept.id)
         session.expires = now + session.kept.ttl  # the heap learns of it when the old deadline comes up
 
     def _next_deadline(self) -> float:

@@ -17,6 +17,8 @@ from contract.bundle import Graph
 
 Array = np.ndarray[Any, Any]
 
+_BEFORE = (slice(None),) * 32  # the axes before the one that is cut: numpy has 32 at most
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -28,13 +30,13 @@ class Rows:
 
     def arrays(self, graph: Graph) -> tuple[Array, ...]:
         """The rows themselves, as views."""
-        return tuple(_cut(array, s.batch_axis, self.start, self.count) for s, array in zip(graph.states, self.bank, strict=True))
+        return tuple([_cut(array, s.batch_axis, self.start, self.count) for s, array in zip(graph.states, self.bank, strict=True)])
 
     def own(self, graph: Graph) -> Rows:
         """The same rows with arrays of their own, that keep no others from being freed."""
-        if all(array.shape[s.batch_axis] == self.count for s, array in zip(graph.states, self.bank, strict=True)):
+        if not self.bank or self.bank[0].shape[graph.states[0].batch_axis] == self.count:  # all of a bank have the same rows
             return self
-        return Rows(tuple(array.copy() for array in self.arrays(graph)), 0, self.count)
+        return Rows(tuple([array.copy() for array in self.arrays(graph)]), 0, self.count)
 
     def pick(self, graph: Graph, rows: Sequence[int]) -> Rows:
         """Other rows in another order: what beam search makes of its hypotheses. Copies."""
@@ -58,10 +60,10 @@ def stack(graph: Graph, parts: Sequence[Rows]) -> tuple[Array, ...]:
     else:
         return Rows(first.bank, first.start, end - first.start).arrays(graph)
     split = [part.arrays(graph) for part in parts]
-    return tuple(np.concatenate([arrays[i] for arrays in split], s.batch_axis) for i, s in enumerate(graph.states))
+    return tuple(np.concatenate(arrays, s.batch_axis) for s, arrays in zip(graph.states, zip(*split, strict=True), strict=True))
 
 
 def _cut(array: Array, axis: int, start: int, count: int) -> Array:
     if start == 0 and array.shape[axis] == count:
         return array
-    return array[(slice(None),) * axis + (slice(start, start + count),)]
+    return array[(*_BEFORE[:axis], slice(start, start + count))]

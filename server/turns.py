@@ -9,11 +9,13 @@ One lock guards all sessions; it is held for decisions, never during a run. A se
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -25,7 +27,7 @@ from server.records import Record, Unreadable, decode, encode, fits
 from server.sequence import Outputs, Sequence
 from server.sessions import Kept, Pending, Session, Sessions
 from server.states import Rows
-from server.store import Durability, Refusal, Store
+from server.store import Durability, MemoryStore, Refusal, Store
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ class Turns:
         workers: Workers,
         store: Store,
         most: int,
+        resident: int,
         ttl: float,
         clock: Clock = time.monotonic,
         wall: Clock = time.time,
@@ -102,6 +105,7 @@ class Turns:
         self._wall = wall  # records outlive the process whose monotonic clock counts
         self._unfit: dict[str, ServeError] = {}  # stored sessions that can't be taken up
         workers.after_round = self._after_round
+        self._resident = resident  # sessions in memory; more are open in the store
         self._ttl = ttl
         self._clock = clock
         self._sessions = Sessions(most)
@@ -124,6 +128,7 @@ class Turns:
             except ServeError as e:
                 log.error("stored session %r is refused: %s", found.kept.id, e.message)
                 self._unfit[found.kept.id] = e
+            self._put_away()
         with self._wake:
             if len(self._sessions):
                 log.info("took up %d sessions", len(self._sessions))
@@ -135,7 +140,7 @@ class Turns:
             self._wake.notify_all()
         self._expiry.join()
         if self._store.durability is Durability.NONE:
-            self._write(self.all(), always=True)
+            self._write([session.kept for session in self._sessions.all()], always=True)
         self._store.close()
 
     def open(self, model: str, version: str, id: str = "", ttl: float = 0.0) -> Kept:
@@ -164,6 +169,7 @@ class Turns:
             with self._wake:
                 self._sessions.close(kept.id)
             raise
+        self._put_away()
 
     def turn(self, id: str, turn: int | None, digest: bytes, brought: Brought, acknowledged: int | None, told: Told) -> None:
         """Take a turn; `told` is called once with its reply or why there is none, from this thread or a worker's.
@@ -171,14 +177,12 @@ class Turns:
         A caller that does not number its turns (None) means the next, and can't send one again; one that acknowledges
         nothing (None) has the reply of every turn before this one.
         """
-        self._find(id)
-        with self._wake:
+        with self._held(id) as session:
             if turn is None:
-                turn = self._sessions.find(id).next
+                turn = session.next
             if acknowledged is None:
-                acknowledged = max(0, min(turn - 1, self._sessions.find(id).kept.turn))
+                acknowledged = max(0, min(turn - 1, session.kept.turn))
             begun = self._sessions.begin(id, turn, digest, _Turn(brought, told), acknowledged, self._clock())
-            session = self._sessions.find(id)
         if begun.reply is not None:
             told(begun.reply)
         elif begun.run:
@@ -190,19 +194,23 @@ class Turns:
             return id in self._sessions
 
     def get(self, id: str) -> Kept:
-        self._find(id)
-        with self._wake:
-            return self._sessions.find(id).kept
+        with self._held(id) as session:
+            return session.kept
 
-    def all(self) -> list[Kept]:
+    def page(self, after: str, limit: int) -> tuple[list[Kept], int]:
+        """Sessions by id, at most `limit` from the first id after `after`; and how many there are in all."""
         with self._wake:
-            return sorted((s.kept for s in self._sessions.all()), key=lambda kept: kept.id)
+            ids = self._sessions.ids()
+        found = []
+        for id in itertools.islice((i for i in ids if i > after), limit):
+            with suppress(Gone, NotFound):  # it ended meanwhile
+                found.append(self.get(id))
+        return found, len(ids)
 
     def fork(self, id: str, new: str = "") -> Kept:
         """Another session that goes on from the last applied turn of this one."""
         _check_id(new)
-        self._find(id)
-        with self._wake:
+        with self._held(id):
             kept = self._sessions.fork(id, new or _new_id(), self._clock()).kept
             self._wake.notify_all()
         self._keep(kept)
@@ -210,9 +218,7 @@ class Turns:
 
     def export(self, id: str, move: bool) -> tuple[bytes, dict[int, bytes]]:
         """A session as its record, and pages of replies; `move` ends it here. Raises Conflict where turns are under way."""
-        self._find(id)
-        with self._wake:
-            session = self._sessions.find(id)
+        with self._held(id) as session:
             kept = session.kept
             if move and session.line:
                 message = f"session {id!r} has turns under way; read their replies first; last applied is turn {kept.turn}"
@@ -243,7 +249,8 @@ class Turns:
 
     def close(self, id: str) -> Kept:
         """End a session; turns under way are told that it is closed."""
-        self._find(id)
+        with self._held(id):
+            pass  # it is in memory now
         kept = self._end(id, "closed")
         self._write((), [id])
         return kept
@@ -355,22 +362,53 @@ class Turns:
             self._sessions.open(replace(kept, state=Memory(rows, record.rest)), self._clock(), left)
             self._wake.notify_all()
 
+    @contextmanager
+    def _held(self, id: str) -> Iterator[Session]:
+        """A session in memory, with the lock held. Raises as Sessions.find, or Gone where what is stored can't be taken up."""
+        while True:
+            self._find(id)
+            with self._wake:
+                if not self._sessions.away(id):
+                    yield self._sessions.find(id)
+                    return
+
+    def _put_away(self) -> None:
+        """Sessions beyond those that memory is to hold leave it for the store; they come back when they are used."""
+        if isinstance(self._store, MemoryStore):
+            return
+        with self._wake:
+            idle = [(session, session.kept) for session in self._sessions.idle(self._resident)]
+        if not idle:
+            return
+        if self._store.durability is Durability.NONE:
+            self._write([kept for _, kept in idle], always=True)
+        with self._wake:
+            for session, kept in idle:
+                self._sessions.put_away(session, kept)
+
     def _find(self, id: str) -> None:
         """See that a session is in memory, if it is anywhere. Raises Gone, where what is stored can't be taken up."""
         with self._wake:
-            if id in self._sessions:
+            away = self._sessions.away(id)
+            if id in self._sessions and not away:
                 return
             unfit = self._unfit.get(id)
         if unfit is not None:
             raise unfit
-        if not self._store.shared:
+        if not away and not self._store.shared:
             return  # all of this store's were taken up at the start
         try:
             record = self._store.read(id)
         except Unreadable as e:
             raise Gone("RECORD_" + e.reason, f"session {id!r} can't be read from the store: {e}; open a new one", session=id) from None
-        if record is not None and record.expires > self._wall():
+        if record is None or record.expires <= self._wall():
+            return
+        try:
             self._take_up(record)
+        except Conflict:
+            return  # another thread was first
+        if self._store.durability is Durability.NONE:
+            self._store.write((), [id])  # or a crash would bring back what it was before
 
     def _failed(self, session: Session, error: ServeError) -> None:
         """The first turn in line could not be run: it is told why, those behind it that they come too early now."""
@@ -396,7 +434,7 @@ class Turns:
         with self._wake:
             while not self._stopping:
                 now = self._clock()
-                late = [session.kept.id for session in self._sessions.expired(now)]
+                late = self._sessions.expired(now)
                 if late:
                     self._wake.release()  # the store may take its time
                     try:

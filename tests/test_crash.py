@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,34 @@ def test_another_model_under_the_same_name(tmp_path: Path) -> None:
             code, found, facts, _ = reason(caught.value)
             assert (code.name, found, facts["turn"]) == ("FAILED_PRECONDITION", why, "1")
         assert calls.turn(turn(stays, 2, [3]))
+
+
+def test_sessions_beyond_the_memory_cap(tmp_path: Path) -> None:
+    """With room for three in memory, twenty sessions go on as if all were there, for each durability; all are listed, all
+    survive, and a closed one is gone."""
+    library = tmp_path / "models"
+    models.library(library)
+    rng = random.Random(2)
+    pieces = [[rng.randrange(models.VOCABULARY) for _ in range(rng.randint(1, 5))] for _ in range(8)]
+    for durability in ("none", "process"):
+        store = f"lmdb:{tmp_path / durability}"
+        with serve(library, "--store", store, "--durability", durability, "--resident-sessions", "3") as server:
+            calls = Calls(server)
+            ids = [calls.new() for _ in range(20)]
+            read: dict[str, list[bytes]] = {id: [] for id in ids}
+            left = [(id, n) for n in range(8) for id in rng.sample(ids, len(ids))]
+            for id, n in left:
+                read[id].append(scores(pb.TurnReply.FromString(calls.turn(turn(id, n + 1, pieces[n])))))
+            assert len({b"".join(r) for r in read.values()}) == 1
+            calls.close(pb.SessionName(session=ids[0]))
+            listed = calls.list(pb.ListRequest())
+            assert [s.session for s in listed.sessions] == sorted(ids[1:])
+            assert {s.turn for s in listed.sessions} == {8}
+            assert server.terminate() == 0
+        with serve(library, "--store", store, "--durability", durability, "--resident-sessions", "3") as server:
+            calls = Calls(server)
+            assert calls.list(pb.ListRequest()).total == 19
+            assert len({calls.turn(turn(id, 9, [1])).split(b"scores")[1] for id in ids[1:]}) == 1
 
 
 def test_a_store_in_use(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ class Told:
     def __init__(self) -> None:
         self.now = 0.0
         self.sessions = Sessions(most=3)
+        self.stored: dict[str, Kept] = {}
 
     def tell(self, line: str) -> str:
         command, *words = line.split()
@@ -67,12 +68,26 @@ class Told:
     def close(self, id: str) -> str:
         return f"{id} closed after turn {self.sessions.close(id).kept.turn}"
 
+    def cap(self, most: str) -> str:
+        """At most so many in memory: the rest go where a store would keep them."""
+        left = []
+        for session in self.sessions.idle(int(most)):
+            self.stored[session.kept.id] = session.kept
+            self.sessions.put_away(session, session.kept)
+            left.append(session.kept.id)
+        return "leave memory: " + (" ".join(left) or "none")
+
+    def back(self, id: str) -> str:
+        assert self.sessions.away(id)
+        self.sessions.open(self.stored[id], self.now, 5.0)
+        return f"{id} is back at turn {self.stored[id].turn}"
+
     def tick(self, seconds: str) -> str:
         self.now += float(seconds)
         return ""
 
     def expire(self) -> str:
-        return "expired: " + (" ".join(s.kept.id for s in self.sessions.expired(self.now)) or "none")
+        return "expired: " + (" ".join(self.sessions.expired(self.now)) or "none")
 
     def wake(self) -> str:
         at = self.sessions.wake_at()
@@ -95,12 +110,14 @@ class AgainstTheModel(RuleBasedStateMachine):
         self.now = 0.0
         self.sessions = Sessions(most=10)
         self.applied: dict[str, list[str]] = {}  # the model
+        self.stored: dict[str, Kept] = {}
 
     def _reply(self, id: str, turn: int) -> bytes:
         return "".join(self.applied[id][:turn]).encode()
 
     @rule(id=ids)
     def open(self, id: str) -> None:
+        self._back(id)
         try:
             self.sessions.open(Kept(id, "m", "1", "f", 10.0, state=""), self.now)
         except Conflict:
@@ -111,6 +128,7 @@ class AgainstTheModel(RuleBasedStateMachine):
 
     @rule(id=ids, turn=st.integers(-1, 12), text=st.sampled_from("xy"), acknowledged=st.integers(0, 6))
     def turn(self, id: str, turn: int, text: str, acknowledged: int) -> None:
+        self._back(id)
         refused: Conflict | None = None
         begun = Begun()
         try:
@@ -155,17 +173,28 @@ class AgainstTheModel(RuleBasedStateMachine):
     @rule(seconds=st.integers(1, 8))
     def wait(self, seconds: int) -> None:
         self.now += seconds
-        for session in self.sessions.expired(self.now):
-            del self.applied[session.kept.id]
+        for id in self.sessions.expired(self.now):
+            del self.applied[id]
+
+    @rule(most=st.integers(0, 2))
+    def put_away(self, most: int) -> None:
+        for session in self.sessions.idle(most):
+            self.stored[session.kept.id] = session.kept
+            self.sessions.put_away(session, session.kept)
+
+    def _back(self, id: str) -> None:
+        if self.sessions.away(id):
+            self.sessions.open(self.stored[id], self.now, 10.0)
 
     def _live(self, id: str) -> Session | None:
+        self._back(id)
         return self.sessions.find(id) if id in self.applied else None
 
     @invariant()
     def is_the_list(self) -> None:
         assert len(self.sessions) == len(self.applied)
         for id, applied in self.applied.items():
-            kept = self.sessions.find(id).kept
+            kept = self.stored[id] if self.sessions.away(id) else self.sessions.find(id).kept
             assert kept.turn == len(applied)
             assert kept.state == "".join(applied)
             assert [a.turn for a in kept.replies] == list(range(kept.acknowledged + 1, kept.turn + 1))

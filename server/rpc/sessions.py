@@ -66,9 +66,8 @@ class Sessions:
         answer.done(_info(self._turns.bring(request.exported.record, request.exported.pages, request.session)))
 
     def list(self, request: pb.ListRequest, answer: Answer) -> None:
-        every = self._turns.all()
-        after = [kept for kept in every if kept.id > request.after] if request.after else every
-        answer.done(pb.ListReply(sessions=map(_info, after[: request.limit or PAGE]), total=len(every)))
+        page, total = self._turns.page(request.after, min(request.limit or PAGE, PAGE))
+        answer.done(pb.ListReply(sessions=map(_info, page), total=total))
 
 
 class _Stream(Receiver):

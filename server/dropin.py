@@ -1,0 +1,254 @@
+"""A bare ONNX file in NAME/VERSION/, without a bundle.json: its contract is proposed, tried out, and served.
+
+Names and shapes say much (contract/propose.py), runs say the rest: what form the outputs have, whether a sequence may be
+cut, whether rows alter each other. It knows proposals and a file that runs; it must not know callers or queues.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from contract import bundle as contract
+from contract.bundle import BATCH, TIME, Axis, Bundle, BundleError, Graph, State, Tensor
+from contract.propose import Proposal, propose
+from server.graph import OnnxFile
+
+log = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+Values = dict[str, Array]
+
+GRAPH = "model"
+TODO = "write a bundle.json: `seqserve inspect {} --json` prints one to start from"
+
+# Cut and whole, alone and together are the same additions in another order; a wrong contract is off by far more.
+ABSOLUTE, RELATIVE = 1e-4, 1e-3
+
+WINDOWS = (512, 256, 1024, 160, 320, 480, 1536, 80, 400, 768)  # samples or frames that streaming models are given at once
+_RATE = re.compile(r"(sr|fs|.*(sample|sampling)_?(rate|freq).*)", re.IGNORECASE)
+_USUAL_RATE = 16000
+
+
+def is_one(directory: Path) -> bool:
+    """Whether a directory is served by proposal: one ONNX file and no bundle.json."""
+    return not (directory / contract.FILE).exists() and len(list(directory.glob("*.onnx"))) == 1
+
+
+def bundle(directory: Path, name: str) -> Bundle:
+    """The bundle that a bare ONNX file seems to be, with its fingerprint. Raises BundleError with what stands against it."""
+    file = next(directory.glob("*.onnx"))
+    proposal = understand(file)
+    if proposal.faults:
+        raise BundleError(str(directory), [*proposal.faults, TODO.format(file)])
+    made = as_bundle(name, file, proposal)
+    log.info("proposed a contract for %s:%s", file, "".join(f"\n  - {remark}" for remark in proposal.remarks) or " nothing was in doubt")
+    return replace(made, fingerprint=contract.fingerprint(made, directory))
+
+
+def as_bundle(name: str, file: Path, proposal: Proposal) -> Bundle:
+    """A proposal as a bundle; weights that lie beside the file (`model.onnx.data`) belong to it."""
+    beside = sorted(p.name for p in file.parent.glob(f"{file.name}?*") if p.is_file())
+    return Bundle(name, {GRAPH: proposal.graph}, GRAPH, resources={f"weights{at or ''}": found for at, found in enumerate(beside)})
+
+
+def understand(file: Path) -> Proposal:
+    """The proposal for a file, corrected by running it. Raises BundleError where onnxruntime can't load it."""
+    onnx = OnnxFile(file)
+    first = propose(file.name, onnx.inputs, onnx.outputs)
+    trials = [first]
+    if any(sum(not isinstance(d, int) for d in port.dims) > 1 for port in onnx.inputs):
+        trials.append(propose(file.name, onnx.inputs, onnx.outputs, batch_first=False))
+    why = ""
+    for trial in trials:
+        if any(t.dtype not in contract.DTYPES for t in trial.graph.inputs) or not trial.graph.inputs:
+            return trial
+        for graph, note in _variants(trial.graph):
+            try:
+                seen = _forms(onnx, graph)
+            except ValueError as e:
+                why = why or str(e)[:300]
+                continue
+            settled, remarks = _settled(onnx, replace(graph, outputs=tuple(seen.outputs)))
+            faults = [f for f in trial.faults if not f.startswith("output ")] + seen.faults
+            guesses = [r for r in trial.remarks if not r.startswith("output ")]  # what runs have shown is no guess any more
+            valid = contract.validate(Bundle(GRAPH, {GRAPH: settled}, GRAPH))
+            faults += [f for f in (v.removeprefix(f"graph '{GRAPH}': ") for v in valid) if f not in faults]
+            return Proposal(settled, (*guesses, *note, *seen.remarks, *remarks), tuple(faults))
+    return replace(first, faults=(*first.faults, f"it does not run as proposed: {why}"))
+
+
+def _variants(graph: Graph) -> Iterator[tuple[Graph, tuple[str, ...]]]:
+    """The graph; and as it would be if its time axis took windows of one size only."""
+    yield graph, ()
+    timed = [t for t in graph.data if TIME in t.axes]
+    if not graph.states or len(timed) != 1:
+        return
+    for size in WINDOWS:
+
+        def fixed(t: Tensor, size: int = size) -> Tensor:
+            if _RATE.fullmatch(t.name) and t.batch_axis is None:
+                return replace(t, low=_USUAL_RATE, high=_USUAL_RATE)
+            return replace(t, axes=tuple(size if a == TIME else a for a in t.axes))
+
+        note = f"input {timed[0].name!r} runs with {size} at once and not with a few: a turn is one window of exactly {size}"
+        rate = [f"{t.name!r} is held to {_USUAL_RATE}" for t in graph.data if _RATE.fullmatch(t.name) and t.batch_axis is None]
+        inputs = tuple(fixed(t) for t in graph.inputs)
+        yield replace(graph, inputs=inputs, max_time=1, cut=False), (note, *rate)
+
+
+@dataclass(slots=True)
+class _Seen:
+    outputs: list[Tensor]
+    remarks: list[str]
+    faults: list[str]
+
+
+def _forms(onnx: OnnxFile, graph: Graph) -> _Seen:
+    """The outputs' axes, as two runs of different sizes show them. Raises ValueError where it does not run."""
+    sizes = [(1, 5), (1, 7)] if graph.max_rows == 1 else [(3, 5), (4, 7)]
+    random = np.random.default_rng(0)
+    runs = [onnx.run(_draw(graph, *size, random) | _fresh(graph, size[0])) for size in sizes]
+    seen = _Seen([], [], [])
+    kept = {s.output: s for s in graph.states}
+    for port in onnx.outputs:
+        shapes = [run[port.name].shape for run in runs]
+        if port.name in kept:
+            state = kept[port.name]
+            wanted = [tuple(rows if a == BATCH else a for a in state.axes) for rows, _ in sizes]
+            if shapes != wanted:
+                seen.faults.append(f"state {state.input!r}: {port.name!r} comes out as {list(shapes[0])}, not {list(wanted[0])} as it went in")
+            continue
+        axes = _read(shapes, sizes, graph)
+        if axes is None:
+            seen.remarks.append(f"output {port.name!r} has a form that is neither rows, steps nor fixed ({list(shapes[0])}): left out")
+            continue
+        seen.outputs.append(Tensor(port.name, port.dtype, axes))
+    return seen
+
+
+def _read(shapes: Sequence[tuple[int, ...]], sizes: Sequence[tuple[int, int]], graph: Graph) -> tuple[Axis, ...] | None:
+    if len(shapes[0]) != len(shapes[1]):
+        return None
+    axes: list[Axis] = []
+    timed = any(TIME in t.axes for t in graph.data)
+    for one, other in zip(*shapes, strict=True):
+        if graph.max_rows > 1 and (one, other) == (sizes[0][0], sizes[1][0]) and BATCH not in axes:
+            axes.append(BATCH)
+        elif timed and (one, other) == (sizes[0][1], sizes[1][1]) and TIME not in axes:
+            axes.append(TIME)
+        elif one == other and one > 0:
+            axes.append(one)
+        else:
+            return None
+    if BATCH not in axes and graph.max_rows == 1 and 1 in axes:
+        axes[axes.index(1)] = BATCH
+    return tuple(axes) if BATCH in axes else None
+
+
+def _settled(onnx: OnnxFile, graph: Graph) -> tuple[Graph, list[str]]:
+    """The graph with what runs show: whether it may be cut, and whether rows may share a run."""
+    remarks = []
+    if graph.cut and graph.max_time > 1 and (differ := cut_differs(onnx, graph)):
+        graph = replace(graph, cut=False)
+        remarks.append(f"{', '.join(map(repr, differ))} would differ if a sequence were cut: each call or turn runs whole")
+    if graph.shared and (differ := batch_differs(onnx, graph)):
+        graph = replace(graph, shared=False)
+        remarks.append(f"{', '.join(map(repr, differ))} of a row depend on the rows beside it: callers never run together")
+    return graph, remarks
+
+
+def cut_differs(onnx: OnnxFile, graph: Graph, seed: int = 1, trials: int = 2) -> list[str]:
+    """The outputs and states that differ between a sequence run whole and in pieces, states carried over."""
+    random = np.random.default_rng(seed)
+    wrong: dict[str, None] = {}
+    for trial in range(trials):
+        rows, steps = min(graph.max_rows, 1 + trial), 9 + 4 * trial
+        inputs = _draw(graph, rows, steps, random)
+        ends = [*sorted(random.choice(np.arange(1, steps), 2 + trial, replace=False).tolist()), steps]
+        try:
+            whole, pieces = _run_cut(onnx.run, graph, inputs, [steps]), _run_cut(onnx.run, graph, inputs, ends)
+        except ValueError:
+            return [t.name for t in graph.outputs]
+        wrong.update(dict.fromkeys(n for n in whole if not _near(whole[n], pieces[n])))
+    return list(wrong)
+
+
+def batch_differs(onnx: OnnxFile, graph: Graph, seed: int = 2) -> list[str]:
+    """The outputs and states of which a row differs between a run with others and one alone."""
+    rows, steps = 3, min(5, graph.max_time)
+    inputs = _draw(graph, rows, steps, np.random.default_rng(seed))
+    together = onnx.run(inputs | _fresh(graph, rows))
+    wrong: dict[str, None] = {}
+    named = [(t.name, t.batch_axis) for t in graph.outputs] + [(s.output, s.batch_axis) for s in graph.states]
+    for row in range(rows):
+        mine = {t.name: _row(inputs[t.name], t.batch_axis, row) for t in graph.inputs}
+        alone = onnx.run(mine | _fresh(graph, 1))
+        wrong.update(dict.fromkeys(n for n, axis in named if not _near(_row(together[n], axis, row), alone[n])))
+    return list(wrong)
+
+
+def _run_cut(run: Callable[[Mapping[str, Array]], Values], graph: Graph, inputs: Values, ends: Sequence[int]) -> Values:
+    """Outputs along time laid end to end, the last piece's others, and the last states."""
+    rows = next(inputs[t.name].shape[t.batch_axis] for t in graph.inputs if t.batch_axis is not None)
+    states = _fresh(graph, rows)
+    pieces: list[Values] = []
+    start = 0
+    for end in ends:
+        part = {t.name: _steps(t, inputs[t.name], start, end) for t in graph.inputs}
+        pieces.append(run(part | states))
+        states = {s.input: pieces[-1][s.output] for s in graph.states}
+        start = end
+    joined = {s.output: pieces[-1][s.output] for s in graph.states}
+    for t in graph.outputs:
+        parts = [piece[t.name] for piece in pieces]
+        joined[t.name] = parts[-1] if t.time_axis is None else np.concatenate(parts, t.time_axis)
+    return joined
+
+
+def _steps(tensor: Tensor, value: Array, start: int, end: int) -> Array:
+    if tensor.role == "lengths":
+        return np.full_like(value, end - start)
+    return value if tensor.time_axis is None else value.take(range(start, end), tensor.time_axis)
+
+
+def _row(value: Array, axis: int | None, row: int) -> Array:
+    return value if axis is None else value.take([row], axis)
+
+
+def _near(one: Array, other: Array) -> bool:
+    return one.shape == other.shape and np.allclose(one, other, RELATIVE, ABSOLUTE, equal_nan=one.dtype.kind == "f")
+
+
+def _fresh(graph: Graph, rows: int) -> Values:
+    return {s.input: s.fresh(rows) for s in graph.states}
+
+
+def _draw(graph: Graph, rows: int, steps: int, random: np.random.Generator) -> Values:
+    """Inputs that any model should take: small numbers, ids 0 and 1, a usual sample rate."""
+    sizes = {BATCH: rows, TIME: steps}
+    drawn: Values = {}
+    for t in graph.inputs:
+        shape = [a if isinstance(a, int) else sizes.get(a, 2) for a in t.axes]
+        if t.role == "lengths":
+            value: Array = np.full(shape, steps)
+        elif t.batch_axis is None and _RATE.fullmatch(t.name):
+            value = np.full(shape, _USUAL_RATE)
+        elif t.numpy_dtype.kind in "iub":
+            value = random.integers(0, 2, shape)
+        else:
+            value = np.asarray(random.normal(size=shape))
+        drawn[t.name] = np.asarray(value, t.numpy_dtype)
+    return drawn
+
+
+def elements(states: Sequence[State]) -> int:
+    """Numbers that a session of these states holds."""
+    return sum(math.prod(a for a in s.axes if isinstance(a, int)) for s in states)

@@ -183,7 +183,7 @@ class Bundle:
     resources: Mapping[str, str] = field(default_factory=dict)  # name → file: vocabularies and the like
     made_from: Mapping[str, Any] = field(default_factory=dict)  # data, config, seed, revision, scores
     verified: Mapping[str, Any] = field(default_factory=dict)  # what the exporter compared, and the largest error
-    fingerprint: str = ""
+    fingerprint: str = ""  # of what was exported; left empty in one that is written by hand
     format: int = FORMAT
 
     @property
@@ -215,7 +215,9 @@ def load(directory: Path | str) -> Bundle:
         faults += validate(bundle)
         missing = [name for name in files(bundle) if _escapes(name) or not (directory / name).is_file()]
         faults += [f"file {name!r} is missing: copy the whole bundle or export it again" for name in missing]
-        if not missing and not faults and fingerprint(bundle, directory) != bundle.fingerprint:
+        if not missing and not faults and not bundle.fingerprint:  # written by hand: nothing was exported to compare with
+            bundle = replace(bundle, fingerprint=fingerprint(bundle, directory))
+        elif not missing and not faults and fingerprint(bundle, directory) != bundle.fingerprint:
             faults.append("a file differs from what was exported (fingerprint): copy or export the bundle again")
     if bundle is None or faults:
         raise BundleError(str(directory), faults)

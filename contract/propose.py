@@ -79,15 +79,19 @@ def propose(file: str, inputs: Sequence[Port], outputs: Sequence[Port], batch_fi
 
 
 _INTO = (
-    r"(?:past|prev|previous|old|last|initial|init|input|in|current|cur)[_.]?(?:key_values[_.])?(.+)",
-    r"(.+?)[_.]?(?:in|input|prev|previous|past|old|init|initial|0)",
+    r"(?:past|prev|previous|old|last|initial|init|input|in|current|cur)[_.](?:key_values[_.])?(.+)",
+    r"(.+)[_.](?:in|input|prev|previous|past|old|init|initial|i)",
+    r"(.*[a-z])[_.]?0",
+    r"(h|c|s|state|hidden|cell)in",
     r"(.*\d)i",
     r"([hc])x",
 )
 _OUT_OF = (
-    r"(?:present|next|new|updated|final|output|out|cur|current)[_.]?(?:key_values[_.])?(.+)",
-    r"(.+?)[_.]?(?:out|output|next|new|updated|present|final|n)",
+    r"(?:present|next|new|updated|final|output|out|cur|current)[_.](?:key_values[_.])?(.+)",
+    r"(.+)[_.](?:out|output|next|new|updated|present|final|o)",
+    r"(.*[a-z])[_.]?n",
     r"(.+)[_.]1",
+    r"(h|c|s|state|hidden|cell)out",
     r"(.*\d)o",
     r"([hc])y",
 )
@@ -95,7 +99,7 @@ _OUT_OF = (
 
 def _stems(name: str, marks: Sequence[str]) -> dict[str, int]:
     """What a name may be called without its mark → 1 for having lost one; the name itself → 0."""
-    plain = name.lower()
+    plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()  # stateIn → state_in
     found = {m[1].strip("_."): 1 for mark in marks if (m := re.fullmatch(mark, plain)) and m[1].strip("_.")}
     if marks is _OUT_OF and (m := re.fullmatch(r"(.*[a-z])_?n(_?\d+)", plain)):  # hn0, h_n_0
         found.setdefault(m[1] + m[2], 1)
@@ -290,7 +294,9 @@ def describe(proposal: Proposal) -> Iterator[str]:
     graph = proposal.graph
     lines = [("", "name", "form", "meaning")]
     for t in graph.inputs:
-        what = "the server fills it in" if t.role == "lengths" else "a constant of the round" if t.batch_axis is None else "sent by the caller"
+        what = (
+            "the server fills it in" if t.role == "lengths" else "a constant of the round" if t.batch_axis is None else "sent by the caller"
+        )
         lines.append(("input", t.name, f"{t.dtype} [{', '.join(map(str, t.axes))}]", what))
     for s in graph.states:
         lines.append(("state", f"{s.input} → {s.output}", f"{s.dtype} [{', '.join(map(str, s.axes))}]", f"starts at {s.initial:g}"))
@@ -301,8 +307,16 @@ def describe(proposal: Proposal) -> Iterator[str]:
     for line in lines:
         yield "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip()
     yield ""
-    yield "sessions: " + ("yes" if graph.states else "no, it has no state") + (
-        "; a turn is one step" if graph.max_time == 1 and graph.states else "; cut anywhere in time" if graph.cut else "; a call runs whole"
+    yield (
+        "sessions: "
+        + ("yes" if graph.states else "no, it has no state")
+        + (
+            "; a turn is one step"
+            if graph.max_time == 1 and graph.states
+            else "; cut anywhere in time"
+            if graph.cut
+            else "; a call runs whole"
+        )
     )
     yield "rows of several callers " + ("run together" if graph.shared else "never run together")
     yield from (f"remark: {r}" for r in proposal.remarks)

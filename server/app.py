@@ -15,7 +15,7 @@ from server.config import Config
 from server.engine import Workers
 from server.metrics import Metrics
 from server.rounds import Limits
-from server.rpc import health, inference, sessions, tasks
+from server.rpc import health, inference, repository, sessions, tasks
 from server.rpc.answer import Desk
 from server.rpc.front import Options, choose_front
 from server.store import open_store
@@ -40,6 +40,7 @@ class App:
         desk = Desk(self.metrics, config.access_log)
         methods = {
             **inference.Inference(self.catalog, self.turns, lambda: self.health.serving).methods(desk),
+            **repository.Repository(self.catalog, self.metrics).methods(desk),
             **tasks.Tasks(self.catalog, lambda: self.health.serving).methods(desk),
             **sessions.Sessions(self.turns).methods(desk),
             **self.health.methods(desk),

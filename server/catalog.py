@@ -70,11 +70,13 @@ class Catalog:
         self._limits = limits
         self._watch = watch
         self._most_rows = most_rows
-        self._models: dict[str, dict[int, Model]] = {}
+        self._directory = Path()
+        self._models: dict[str, dict[int, Model]] = {}  # replaced, never changed: readers need no lock
         self.refused: dict[str, list[str]] = {}  # "name/version" → its faults
 
     def scan(self, directory: Path) -> None:
         """Load every bundle found; what can't be served is kept in `refused`, with its faults, and logged."""
+        self._directory = directory
         for found in sorted(p for p in directory.glob("*/*") if p.is_dir() and not p.name.startswith(".")):
             try:
                 self.load(found)
@@ -108,9 +110,48 @@ class Catalog:
             fault = f"task {bundle.kind!r} can't be set up ({type(e).__name__}: {e}): export the model again"
             raise BundleError(str(directory), [fault]) from None
         model = Model(name, version, bundle, engine, Tensors(engine, self._most_rows), task)
-        self._models.setdefault(name, {})[int(version)] = model
+        before = self._models.get(name, {}).get(int(version))
+        self._models = {**self._models, name: {**self._models.get(name, {}), int(version): model}}
+        self.refused.pop(f"{name}/{version}", None)
+        if before is not None:
+            before.engine.retire()
         log.info("ready: %s version %s (%s)", name, version, bundle.kind)
         return model
+
+    def update(self, name: str) -> list[Model]:
+        """Make what is served of a model what is on disk: new and changed versions are loaded, ones that went are unloaded.
+        Calls under way finish on the version they began with. Raises NotFound where there is nothing of that name,
+        BundleError with the faults of all versions that can't be served; the others are."""
+        found = {p.name: p for p in self._directory.glob(f"{name}/*") if p.is_dir()} if _plain(name) else {}
+        if not found:
+            known = listed(sorted({p.parent.name for p in self._directory.glob("*/*/")}))
+            message = f"there is no model {name!r} in the models' directory; there are: {known}"
+            raise NotFound("UNKNOWN_MODEL", message, model=name, known=known)
+        faults: list[str] = []
+        loaded = []
+        for version, directory in found.items():
+            here = self._models.get(name, {}).get(int(version)) if version.isdecimal() else None
+            try:
+                if here is None or not _same(here, directory):
+                    loaded.append(self.load(directory))
+            except BundleError as e:
+                self.refused[f"{name}/{version}"] = e.faults
+                faults += [f"version {version}: {fault}" for fault in e.faults]
+        for number in self._models.get(name, {}).keys() - {int(v) for v in found if v.isdecimal()}:
+            self.unload(name, str(number))
+        if faults:
+            raise BundleError(name, faults)
+        return loaded
+
+    def unload(self, name: str, version: str = "") -> list[Model]:
+        """Serve a model, or one version of it, no more; calls under way finish. Raises NotFound where it isn't served."""
+        gone = [self.find(name, version)] if version else [m for m in self.models() if m.name == name] or [self.find(name)]
+        kept = {number: m for number, m in self._models[name].items() if m not in gone}
+        self._models = {key: versions for key, versions in {**self._models, name: kept}.items() if versions}
+        for model in gone:
+            model.engine.retire()
+            log.info("unloaded: %s version %s", model.name, model.version)
+        return gone
 
     def find(self, name: str, version: str = "") -> Model:
         """The model of that name, its newest version where none is given. Raises NotFound naming what exists."""
@@ -136,6 +177,15 @@ class Catalog:
     def newest(self, kind: str) -> list[Model]:
         """The newest version of each model of a task."""
         return [m for m in (self.find(name) for name in sorted(self._models)) if m.bundle.kind == kind]
+
+
+def _plain(name: str) -> bool:
+    return bool(name) and Path(name).name == name and not name.startswith(".") and not set(name) & set("*?[")
+
+
+def _same(model: Model, directory: Path) -> bool:
+    """Whether what is served is what is there. A bare ONNX file without a bundle.json is read anew to be sure."""
+    return not dropin.is_one(directory) and contract.load(directory).fingerprint == model.bundle.fingerprint
 
 
 def _task_faults(bundle: Bundle) -> list[str]:

@@ -7,7 +7,6 @@ cut, whether rows alter each other. It knows proposals and a file that runs; it 
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from contract import bundle as contract
-from contract.bundle import BATCH, TIME, Axis, Bundle, BundleError, Graph, State, Tensor
+from contract.bundle import BATCH, TIME, Axis, Bundle, BundleError, Graph, Tensor
 from contract.propose import Proposal, propose
 from server.graph import OnnxFile
 
@@ -73,10 +72,10 @@ def understand(file: Path) -> Proposal:
         for graph, note in _variants(trial.graph):
             try:
                 seen = _forms(onnx, graph)
+                settled, remarks = _settled(onnx, replace(graph, outputs=tuple(seen.outputs)))
             except ValueError as e:
                 why = why or str(e)[:300]
                 continue
-            settled, remarks = _settled(onnx, replace(graph, outputs=tuple(seen.outputs)))
             faults = [f for f in trial.faults if not f.startswith("output ")] + seen.faults
             guesses = [r for r in trial.remarks if not r.startswith("output ")]  # what runs have shown is no guess any more
             valid = contract.validate(Bundle(GRAPH, {GRAPH: settled}, GRAPH))
@@ -124,7 +123,9 @@ def _forms(onnx: OnnxFile, graph: Graph) -> _Seen:
             state = kept[port.name]
             wanted = [tuple(rows if a == BATCH else a for a in state.axes) for rows, _ in sizes]
             if shapes != wanted:
-                seen.faults.append(f"state {state.input!r}: {port.name!r} comes out as {list(shapes[0])}, not {list(wanted[0])} as it went in")
+                seen.faults.append(
+                    f"state {state.input!r}: {port.name!r} comes out as {list(shapes[0])}, not {list(wanted[0])} as it went in"
+                )
             continue
         axes = _read(shapes, sizes, graph)
         if axes is None:
@@ -247,8 +248,3 @@ def _draw(graph: Graph, rows: int, steps: int, random: np.random.Generator) -> V
             value = np.asarray(random.normal(size=shape))
         drawn[t.name] = np.asarray(value, t.numpy_dtype)
     return drawn
-
-
-def elements(states: Sequence[State]) -> int:
-    """Numbers that a session of these states holds."""
-    return sum(math.prod(a for a in s.axes if isinstance(a, int)) for s in states)

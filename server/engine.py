@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from contract.bundle import Bundle
-from server.errors import DeadlineExceeded, Draining, ModelFailed, ServeError
+from server.errors import DeadlineExceeded, Draining, ModelFailed, NotFound, ServeError
 from server.graph import OnnxGraph
 from server.rounds import Limits, Round, Rounds, Ticket
 from server.sequence import Sequence, split, stack
@@ -48,6 +48,7 @@ class Engine:
         self.name = bundle.name
         self.graphs = graphs
         self.rounds = Rounds(limits, workers.order)
+        self.retired = False
         self._workers = workers
         self.watch = watch
         workers.add(self)
@@ -60,6 +61,10 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         """The caller has gone: free the rows, say nothing to anyone."""
         self._workers.cancel(self, sequence)
+
+    def retire(self) -> None:
+        """Take no more; what is here is finished, then the engine is forgotten."""
+        self._workers.retire(self)
 
     def ticket(self, sequence: Sequence, deadline: float | None) -> Ticket:
         graph = self.graphs[sequence.graph].graph
@@ -116,12 +121,20 @@ class Workers:
         with self._wake:
             self._engines = [e for e in self._engines if e is not engine]
 
+    def retire(self, engine: Engine) -> None:
+        with self._wake:
+            engine.retired = True
+            if not engine.rounds.tickets:
+                self._engines = [e for e in self._engines if e is not engine]
+
     def submit(self, engine: Engine, sequence: Sequence, deadline: float | None) -> None:
         now = self._clock()
         if deadline is not None and deadline <= now:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline had passed when the request arrived")
         ticket = engine.ticket(sequence, deadline)
         with self._wake:
+            if engine.retired:
+                raise NotFound("UNLOADED", f"model {engine.name!r} version {engine.version} was unloaded", model=engine.name)
             if self._draining:
                 raise Draining("DRAINING", "the server is shutting down; send the request again")
             engine.rounds.admit(ticket, now)
@@ -271,6 +284,8 @@ class Workers:
     def _leave(self, engine: Engine, ticket: Ticket, how: str) -> None:
         with self._wake:
             engine.rounds.leave(ticket)
+            if engine.retired and not engine.rounds.tickets:
+                self._engines = [e for e in self._engines if e is not engine]
         engine.watch.left(engine, ticket.work, how)
 
 

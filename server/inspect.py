@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from contract import bundle as contract
 from contract.bundle import BundleError
 from contract.propose import describe
 from server import dropin
@@ -18,8 +16,7 @@ examples:
   seqserve inspect model.onnx                              how it would be served, and what is in doubt
   seqserve inspect model.onnx --json > bundle.json         to be edited and put beside it
 
-A file in MODELS/NAME/1/ is served as shown here; a bundle.json beside it wins. The fingerprint is that of the file and
-the description together: after an edit, `--check bundle.json` writes the new one.
+A file in MODELS/NAME/1/ is served as shown here; a bundle.json beside it wins.
 """
 
 
@@ -32,21 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.add_argument("file", type=Path, help="an ONNX file")
     words.add_argument("--json", action="store_true", help="print a bundle.json")
     words.add_argument("--name", help="the model's name in bundle.json (default: the directory's or the file's)")
-    words.add_argument("--check", metavar="BUNDLE.JSON", type=Path, help="check an edited one and write its fingerprint into it")
     asked = words.parse_args(argv)
     if not asked.file.is_file():
         print(f"seqserve inspect: no file {str(asked.file)!r}", file=sys.stderr)
         return 2
     try:
-        if asked.check is not None:
-            return _check(asked.check)
         proposal = dropin.understand(asked.file)
     except BundleError as e:
         print(f"seqserve inspect: {e}", file=sys.stderr)
         return 1
     if asked.json:
-        made = dropin.as_bundle(asked.name or _name(asked.file), asked.file, proposal)
-        print(replace(made, fingerprint=contract.fingerprint(made, asked.file.parent)).to_json(), end="")
+        print(dropin.as_bundle(asked.name or _name(asked.file), asked.file, proposal).to_json(), end="")
         for said in (*proposal.remarks, *proposal.faults):
             print(said, file=sys.stderr)
     else:
@@ -60,12 +53,6 @@ def _name(file: Path) -> str:
     """NAME of NAME/VERSION/model.onnx, else the file's own."""
     where = file.resolve().parent
     return where.parent.name if where.name.isdecimal() and where.parent.name else file.stem
-
-
-def _check(file: Path) -> int:
-    saved = contract.resave(file)
-    print(f"{saved.name}: {saved.fingerprint[:19]}")
-    return 0
 
 
 if __name__ == "__main__":

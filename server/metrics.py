@@ -72,6 +72,7 @@ class Metrics:
         self._of("seqserve_waiting", engine.name, engine.version).set_function(lambda: engine.rounds.tickets)
 
     def forget_queue(self, engine: Engine) -> None:
+        self._bound.pop(("seqserve_waiting", engine.name, engine.version), None)
         self._all["seqserve_waiting"].remove(engine.name, engine.version)
 
     def models(self, counts: Iterable[tuple[str, int]]) -> None:

@@ -271,7 +271,7 @@ class Turns:
         """Start the first turn in line, from the session's state."""
         first = session.line[0]
         try:
-            model = self._catalog.find(session.kept.model, session.kept.version)
+            model = self._model(session.kept)
             inputs, sizes = self._plan(model, session, first)
             sequence = Sequence(
                 model.bundle.main, inputs, sizes, lambda s, o: self._ran(model, session, s, o), lambda e: self._failed(session, e),
@@ -348,12 +348,7 @@ class Turns:
     def _take_up(self, record: Record) -> None:
         """A session that survived goes on, if the model that made its state is here. Raises Gone, Conflict or Overloaded."""
         kept = record.kept
-        try:
-            model = self._catalog.find(kept.model, kept.version)
-        except NotFound as e:
-            raise _unfit(kept, "MODEL_GONE", f"its model is not here: {e.message}") from None
-        if model.bundle.fingerprint != kept.fingerprint:
-            raise _unfit(kept, "FINGERPRINT_MISMATCH", f"another {kept.model!r} version {kept.version} made its state")
+        model = self._model(kept)
         if fault := fits(record, model.bundle.graph):
             raise _unfit(kept, "STATE_MISMATCH", fault)
         rows = Rows(record.arrays, 0, 1) if record.arrays is not None else None
@@ -385,6 +380,16 @@ class Turns:
         with self._wake:
             for session, kept in idle:
                 self._sessions.put_away(session, kept)
+
+    def _model(self, kept: Kept) -> Model:
+        """The model that made a session's state. Raises Gone where it is not here, or another is under its name."""
+        try:
+            model = self._catalog.find(kept.model, kept.version)
+        except NotFound as e:
+            raise _unfit(kept, "MODEL_GONE", f"its model is not here: {e.message}") from None
+        if model.bundle.fingerprint != kept.fingerprint:
+            raise _unfit(kept, "FINGERPRINT_MISMATCH", f"another {kept.model!r} version {kept.version} made its state")
+        return model
 
     def _find(self, id: str) -> None:
         """See that a session is in memory, if it is anywhere. Raises Gone, where what is stored can't be taken up."""

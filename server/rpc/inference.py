@@ -18,7 +18,7 @@ from server.sequence import Outputs, Sequence
 from server.turns import Plan, Turns
 
 SERVICE = "inference.GRPCInferenceService"
-EXTENSIONS = ("sequence", "sequence(string_id)")
+EXTENSIONS = ("sequence", "sequence(string_id)", "model_repository")
 
 
 class Inference:

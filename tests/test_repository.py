@@ -1,0 +1,127 @@
+"""Models loaded, changed and unloaded while calls and sessions run, over a real port."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from protos import inference_pb2 as pb
+from protos import sessions_pb2
+from tests import models
+from tests.process import Served, reason, serve
+from tests.test_server import tokens_request
+from tests.test_turns import Calls, scores, turn
+
+SERVICE = "/inference.GRPCInferenceService"
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    models.library(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def served(library: Path) -> Iterator[Served]:
+    with serve(library) as server:
+        yield server
+
+
+def load(server: Served, name: str) -> None:
+    server.method(f"{SERVICE}/RepositoryModelLoad")(pb.RepositoryModelLoadRequest(model_name=name))
+
+
+def unload(server: Served, name: str) -> None:
+    server.method(f"{SERVICE}/RepositoryModelUnload")(pb.RepositoryModelUnloadRequest(model_name=name))
+
+
+def index(server: Served) -> dict[tuple[str, str], str]:
+    reply = server.method(f"{SERVICE}/RepositoryIndex", pb.RepositoryIndexResponse)(pb.RepositoryIndexRequest())
+    return {(m.name, m.version): m.state for m in reply.models}
+
+
+def read(calls: Calls, session: str, number: int, *tokens: int) -> bytes:
+    return scores(sessions_pb2.TurnReply.FromString(calls.turn(turn(session, number, tokens))))
+
+
+def why(call: Any, *arguments: Any) -> str:
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*arguments)
+    return reason(caught.value)[1]
+
+
+def test_a_new_version_under_live_sessions(served: Served, library: Path) -> None:
+    """Sessions finish on the version they began with; new ones, and plain calls, get the new one."""
+    calls = Calls(served)
+    uncut, old = calls.new(), calls.new()
+    whole = read(calls, uncut, 1, 1, 2, 3, 4)
+    first = read(calls, old, 1, 1, 2)
+    models.reader(library / "reader" / "2", seed=9)
+    load(served, "reader")
+    assert index(served)["reader", "2"] == "READY"
+    assert first + read(calls, old, 2, 3, 4) == whole
+    new = calls.new()
+    assert calls.get(sessions_pb2.SessionName(session=new)).model.version == "2"
+    assert read(calls, new, 1, 1, 2, 3, 4) != whole
+    assert served.method(f"{SERVICE}/ModelInfer", pb.ModelInferResponse)(tokens_request([[1]])).model_version == "2"
+
+
+def test_unloaded_and_loaded_again(served: Served, library: Path) -> None:
+    """Calls and turns of an unloaded model are told so; when it is back, its sessions go on; when another is in its place,
+    they are told that."""
+    calls = Calls(served)
+    uncut, a = calls.new(), calls.new()
+    whole = read(calls, uncut, 1, 1, 2, 3, 4)
+    first = read(calls, a, 1, 1, 2)
+    unload(served, "reader")
+    assert ("reader", "1") not in index(served)
+    assert why(served.method(f"{SERVICE}/ModelInfer"), tokens_request([[1]])) == "UNKNOWN_MODEL"
+    assert why(calls.turn, turn(a, 2, [3])) == "MODEL_GONE"
+    assert why(unload, served, "reader") == "UNKNOWN_MODEL"
+    load(served, "reader")
+    assert first + read(calls, a, 2, 3, 4) == whole
+    models.reader(library / "reader" / "1", seed=9)
+    load(served, "reader")
+    assert why(calls.turn, turn(a, 3, [3])) == "FINGERPRINT_MISMATCH"
+    shutil.rmtree(library / "reader" / "1")
+    models.reader(library / "reader" / "3", seed=9)
+    load(served, "reader")
+    assert [version for name, version in index(served) if name == "reader"] == ["3"]
+
+
+def test_what_cannot_be_served_harms_nothing(served: Served, library: Path) -> None:
+    """A damaged new version is refused with its faults, stands in the index, and the old one serves on."""
+    models.reader(library / "reader" / "2")
+    (library / "reader" / "2" / "step.onnx").write_bytes(b"damaged")
+    assert why(load, served, "reader") == "MODEL_REFUSED"
+    assert index(served)["reader", "2"] == "UNAVAILABLE"
+    assert served.method(f"{SERVICE}/ModelInfer", pb.ModelInferResponse)(tokens_request([[1]])).model_version == "1"
+    for name in ("nope", "", "../reader", "*"):
+        assert why(load, served, name) == "UNKNOWN_MODEL"
+
+
+def test_changes_amid_calls(served: Served, library: Path) -> None:
+    """While a model is loaded and unloaded over and over, every call is answered rightly or told that the model is gone."""
+    infer = served.method(f"{SERVICE}/ModelInfer", pb.ModelInferResponse)
+    expected = infer(tokens_request(np.ones((2, 60)))).raw_output_contents
+
+    def ask(_: int) -> str:
+        try:
+            return "right" if infer(tokens_request(np.ones((2, 60)))).raw_output_contents == expected else "wrong"
+        except grpc.RpcError as e:
+            return reason(e)[1]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = pool.map(ask, range(400))
+        for _ in range(10):
+            unload(served, "reader")
+            load(served, "reader")
+        assert set(answers) <= {"right", "UNKNOWN_MODEL", "UNLOADED"}
+    assert ask(0) == "right"

@@ -179,12 +179,12 @@ def _find_batch(axes: _Axes, data: Sequence[Port], states: Sequence[Port], batch
     elif any(not _open(s) for s in states):
         stuck = [s.name for s in states if not _open(s)]
         axes.faults.append(f"states {', '.join(map(repr, stuck))} have no open axis and others have: export the batch dynamic everywhere")
-    symbols = [str(p.dims[at]) for p in states for at in _open(p) if isinstance(p.dims[at], str)]
-    symbols += sorted((str(p.dims[at]) for p in data for at in _open(p) if isinstance(p.dims[at], str)), key=lambda s: "batch" not in s)
-    like = [s for s in symbols if _BATCH_LIKE.fullmatch(s)]
-    of_states = set(symbols[: sum(len(_open(s)) for s in states)])
-    if not axes.fixed and len(of_states) == 1 and all(isinstance(s.dims[at], str) for s in states for at in _open(s)):
-        axes.batch = of_states.pop()
+    sent = sorted((str(p.dims[at]) for p in data for at in _open(p) if isinstance(p.dims[at], str)), key=lambda s: "batch" not in s)
+    kept = {p.dims[at] for p in states for at in _open(p)}
+    shared = [s for s in dict.fromkeys(sent) if s in kept]
+    like = [s for s in sent if _BATCH_LIKE.fullmatch(s)]
+    if not axes.fixed and len(shared) == 1:
+        axes.batch = shared[0]
     elif like:
         axes.batch = like[0]
     carriers = [p for p in data if p.dims and not (len(p.dims) == 1 and isinstance(p.dims[0], int))]

@@ -15,7 +15,7 @@ from typing import Any
 
 from contract import bundle as bundles
 from contract.bundle import Bundle, Graph
-from export import card, to_onnx, verify
+from export import card, place, to_onnx, verify
 from server.graph import OnnxGraph
 from training import checkpoint, curves, tasks
 
@@ -62,7 +62,7 @@ def export(run: Path, out: Path, name: str | None = None, scores: Path | None = 
         others = [f for f in sorted(run.glob("*.png")) if f.name != curves.PICTURE]
         pictures = [card.Picture(f, f.stem.replace("-", " ").capitalize()) for f in others]
         card.write(made, found, kept, task.ABOUT, run, shown, pictures)
-        _move(made, out)
+        place.move(made, out)
     return bundles.load(out)
 
 
@@ -80,12 +80,3 @@ def _origin(kept: checkpoint.Checkpoint) -> dict[str, Any]:
         "scores": dict(kept.scores), "step": kept.step, "parameters": kept.parameters,
         "tools": {name: version(name).partition("+")[0] for name in ("torch", "onnx", "onnxscript", "onnxruntime")},
     }  # fmt: skip
-
-
-def _move(made: Path, out: Path) -> None:
-    """Put finished files in place: an earlier bundle.json goes first and the new one comes last, so that at no moment the
-    description in `out` speaks of files that are not all there."""
-    out.mkdir(exist_ok=True)
-    (out / bundles.FILE).unlink(missing_ok=True)
-    for file in sorted(made.iterdir(), key=lambda f: f.name == bundles.FILE):
-        file.replace(out / file.name)

@@ -114,7 +114,7 @@ def _forms(onnx: OnnxFile, graph: Graph) -> _Seen:
     """The outputs' axes, as two runs of different sizes show them. Raises ValueError where it does not run."""
     sizes = [(1, 5), (1, 7)] if graph.max_rows == 1 else [(3, 5), (4, 7)]
     random = np.random.default_rng(0)
-    runs = [onnx.run(_draw(graph, *size, random) | _fresh(graph, size[0])) for size in sizes]
+    runs = [onnx.run(draw(graph, *size, random) | fresh(graph, size[0])) for size in sizes]
     seen = _Seen([], [], [])
     kept = {s.output: s for s in graph.states}
     for port in onnx.outputs:
@@ -172,38 +172,38 @@ def cut_differs(onnx: OnnxFile, graph: Graph, seed: int = 1, trials: int = 2) ->
     wrong: dict[str, None] = {}
     for trial in range(trials):
         rows, steps = min(graph.max_rows, 1 + trial), 9 + 4 * trial
-        inputs = _draw(graph, rows, steps, random)
+        inputs = draw(graph, rows, steps, random)
         ends = [*sorted(random.choice(np.arange(1, steps), 2 + trial, replace=False).tolist()), steps]
         try:
             whole, pieces = _run_cut(onnx.run, graph, inputs, [steps]), _run_cut(onnx.run, graph, inputs, ends)
         except ValueError:
             return [t.name for t in graph.outputs]
-        wrong.update(dict.fromkeys(n for n in whole if not _near(whole[n], pieces[n])))
+        wrong.update(dict.fromkeys(n for n in whole if not near(whole[n], pieces[n])))
     return list(wrong)
 
 
 def batch_differs(onnx: OnnxFile, graph: Graph, seed: int = 2) -> list[str]:
     """The outputs and states of which a row differs between a run with others and one alone."""
     rows, steps = 3, min(5, graph.max_time)
-    inputs = _draw(graph, rows, steps, np.random.default_rng(seed))
-    together = onnx.run(inputs | _fresh(graph, rows))
+    inputs = draw(graph, rows, steps, np.random.default_rng(seed))
+    together = onnx.run(inputs | fresh(graph, rows))
     wrong: dict[str, None] = {}
     named = [(t.name, t.batch_axis) for t in graph.outputs] + [(s.output, s.batch_axis) for s in graph.states]
     for row in range(rows):
         mine = {t.name: _row(inputs[t.name], t.batch_axis, row) for t in graph.inputs}
-        alone = onnx.run(mine | _fresh(graph, 1))
-        wrong.update(dict.fromkeys(n for n, axis in named if not _near(_row(together[n], axis, row), alone[n])))
+        alone = onnx.run(mine | fresh(graph, 1))
+        wrong.update(dict.fromkeys(n for n, axis in named if not near(_row(together[n], axis, row), alone[n])))
     return list(wrong)
 
 
 def _run_cut(run: Callable[[Mapping[str, Array]], Values], graph: Graph, inputs: Values, ends: Sequence[int]) -> Values:
     """Outputs along time laid end to end, the last piece's others, and the last states."""
     rows = next(inputs[t.name].shape[t.batch_axis] for t in graph.inputs if t.batch_axis is not None)
-    states = _fresh(graph, rows)
+    states = fresh(graph, rows)
     pieces: list[Values] = []
     start = 0
     for end in ends:
-        part = {t.name: _steps(t, inputs[t.name], start, end) for t in graph.inputs}
+        part = {t.name: between(t, inputs[t.name], start, end) for t in graph.inputs}
         pieces.append(run(part | states))
         states = {s.input: pieces[-1][s.output] for s in graph.states}
         start = end
@@ -214,7 +214,8 @@ def _run_cut(run: Callable[[Mapping[str, Array]], Values], graph: Graph, inputs:
     return joined
 
 
-def _steps(tensor: Tensor, value: Array, start: int, end: int) -> Array:
+def between(tensor: Tensor, value: Array, start: int, end: int) -> Array:
+    """The steps from `start` to `end` of an input; all of what has no time axis."""
     if tensor.role == "lengths":
         return np.full_like(value, end - start)
     return value if tensor.time_axis is None else value.take(range(start, end), tensor.time_axis)
@@ -224,15 +225,17 @@ def _row(value: Array, axis: int | None, row: int) -> Array:
     return value if axis is None else value.take([row], axis)
 
 
-def _near(one: Array, other: Array) -> bool:
+def near(one: Array, other: Array) -> bool:
+    """Whether two arrays are one but for rounding."""
     return one.shape == other.shape and np.allclose(one, other, RELATIVE, ABSOLUTE, equal_nan=one.dtype.kind == "f")
 
 
-def _fresh(graph: Graph, rows: int) -> Values:
+def fresh(graph: Graph, rows: int) -> Values:
+    """The states of `rows` sequences that have read nothing, by input name."""
     return {s.input: s.fresh(rows) for s in graph.states}
 
 
-def _draw(graph: Graph, rows: int, steps: int, random: np.random.Generator) -> Values:
+def draw(graph: Graph, rows: int, steps: int, random: np.random.Generator) -> Values:
     """Inputs that any model should take: small numbers, ids 0 and 1, a usual sample rate."""
     sizes = {BATCH: rows, TIME: steps}
     drawn: Values = {}

@@ -68,17 +68,14 @@ def whole(file: Path, direction: str = "forward", ending: Sequence[str] = ()) ->
     nodes = [
         helper.make_node("Transpose", ["x"], ["xt"], perm=[1, 0, 2]),
         helper.make_node("LSTM", ["xt", "w1", "r1", "b1"], ["y1"], "rnn.lstm", hidden_size=h, direction=direction),
-        helper.make_node("Transpose", ["y1"], ["y1t"], perm=[0, 2, 1, 3]),
-        helper.make_node("Reshape", ["y1t", "form"], ["y1s"]),
-        helper.make_node("Transpose", ["y1s"], ["x2"], perm=[0, 1, 2]),
-        helper.make_node("GRU", ["x2", "w2", "r2", "b2"], ["y2"], "rnn.gru", hidden_size=h, linear_before_reset=1),
+        helper.make_node("Transpose", ["y1"], ["y1t"], perm=[0, 2, 1, 3]),  # [t, b, ways, h]
+        helper.make_node("Reshape", ["y1t", "form"], ["y1s"]),  # [t, b, ways * h]
+        helper.make_node("GRU", ["y1s", "w2", "r2", "b2"], ["y2"], "rnn.gru", hidden_size=h, linear_before_reset=1),
         helper.make_node("Squeeze", ["y2", "one"], ["y2s"]),
         helper.make_node("Transpose", ["y2s"], ["yb"], perm=[1, 0, 2]),
         helper.make_node("MatMul", ["yb", "out"], ["lin"]),
         helper.make_node("Add", ["lin", "bias"], ["y"]),
     ]
-    # [t, ways, b, h] → [t, b, ways * h]
-    nodes[2] = helper.make_node("Transpose", ["y1"], ["y1t"], perm=[0, 2, 1, 3])
     outputs = [_value("y", FLOAT, "b", "t", 2)]
     if "mean" in ending:
         nodes.append(helper.make_node("ReduceMean", ["y", "one"], ["mean"], "head.pool", keepdims=0))

@@ -345,3 +345,32 @@ def test_sequences_of_the_open_inference_protocol(served: Served, whole: Any, id
     assert refused(infer, step(0, [1], start=True))[1] == "BAD_SEQUENCE_ID"
     assert refused(infer, step(id, [99], number=3))[1] == "OUT_OF_RANGE"
     assert infer(step(id, [9], number=3, end=True))
+
+
+def test_sequences_over_one_inference_stream(served: Served, whole: Any) -> None:
+    """ModelStreamInfer carries many sequences and plain requests at once; errors are told in the stream, which lives on."""
+    infer = served.channel.stream_stream(
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        inference_pb.ModelInferRequest.SerializeToString,
+        inference_pb.ModelStreamInferResponse.FromString,
+    )
+    requests = [step(f"s{i}", [t], start=n == 0, end=n == 4) for n, t in enumerate([3, 1, 4, 1, 5]) for i in range(20)]
+    bad = step("another", [99], start=True)
+    bad.id = "bad one"
+    plain = inference_pb.ModelInferRequest(model_name="reader", id="plain", raw_input_contents=[np.array([3, 1, 4, 1, 5]).tobytes()])
+    plain.inputs.add(name="tokens", datatype="INT64", shape=[1, 5])
+    plain.parameters["triton_enable_empty_final_response"].bool_param = True
+    got = list(infer(iter([*requests[:50], bad, plain, *requests[50:]])))
+    read: dict[str, bytes] = {}
+    for response in got:
+        if "sequence_id" in response.infer_response.parameters:
+            id = response.infer_response.parameters["sequence_id"].string_param
+            read[id] = read.get(id, b"") + response.infer_response.raw_output_contents[0]
+    assert set(read.values()) == {whole(np.array([3, 1, 4, 1, 5]))}
+    assert len(read) == 20
+    (refusal,) = [r for r in got if r.error_message]
+    assert "allowed are 0..49" in refusal.error_message
+    assert refusal.infer_response.id == "bad one"
+    (answer,) = [r.infer_response for r in got if r.infer_response.id == "plain"]
+    assert answer.raw_output_contents[0] == whole(np.array([3, 1, 4, 1, 5]))
+    assert answer.parameters["triton_final_response"].bool_param

@@ -95,6 +95,21 @@ class Answer:
             access.info("%s %s %s %.1f ms", self._method, self.call.peer, code, seconds * 1e3)
 
 
+class Asked(Protocol):
+    """What a handler needs of whoever asks: a call's Answer, or one request of a stream."""
+
+    @property
+    def deadline(self) -> float | None: ...
+
+    def done(self, message: Message) -> None: ...
+
+    def done_bytes(self, message: bytes) -> None: ...
+
+    def fail(self, error: Exception) -> None: ...
+
+    def cancel_by(self, cancel: Cancel) -> None: ...
+
+
 class Desk:
     """Turns typed handlers into what a front carries."""
 

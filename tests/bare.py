@@ -84,3 +84,20 @@ def whole(file: Path, direction: str = "forward", ending: Sequence[str] = ()) ->
         nodes.append(helper.make_node("Gather", ["y", "end"], ["last"], "head.last", axis=1))
         outputs.append(_value("last", FLOAT, "b", 2))
     _save(file, nodes, [_value("x", FLOAT, "b", "t", 3)], outputs, initial)
+
+
+def pooled(file: Path) -> None:
+    """x [b, t, 4], h [b, 4] → mean [b, 4] of h plus all steps, hn [b, 4]: a state, and yet not to be cut."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x", "one"], ["average"], keepdims=0),
+        helper.make_node("Add", ["average", "h"], ["mean"]),
+        helper.make_node("Tanh", ["mean"], ["hn"]),
+    ]
+    inputs = [_value("x", FLOAT, "b", "t", 4), _value("h", FLOAT, "b", 4)]
+    _save(file, nodes, inputs, [_value("mean", FLOAT, "b", 4), _value("hn", FLOAT, "b", 4)], _ints(one=[1]))
+
+
+def rowless(file: Path) -> None:
+    """x [3] → y [3]: nowhere is there a row."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _save(file, [helper.make_node("Neg", ["x"], ["y"])], [_value("x", FLOAT, 3)], [_value("y", FLOAT, 3)], [])

@@ -85,6 +85,8 @@ def adapt(file: Path, out: Path, name: str) -> Bundle:
         if not any(t.time_axis is not None for t in graph.data):
             raise CantAdapt(["no input has a time axis of open length: export the model with dynamic steps"])
         graph = replace(graph, cut=True)
+        _note_axes(model, graph)
+        onnx.save(model, changed)
         _prove(model, changed, file, graph)
         bundle = Bundle(
             name, {dropin.GRAPH: graph}, dropin.GRAPH,
@@ -166,6 +168,16 @@ def culprits(model: onnx.ModelProto, graph: Graph, seed: int = 3) -> list[str]:
         if bad or wrong & set(node.input):
             wrong.update(node.output)
     return named
+
+
+def _note_axes(model: onnx.ModelProto, graph: Graph) -> None:
+    """Write the axes that runs have shown into the outputs: exporters note an example's length for one that is open."""
+    axes = {t.name: t.axes for t in graph.outputs}
+    for output in model.graph.output:
+        dims = output.type.tensor_type.shape.dim
+        for dim, axis in zip(dims, axes.get(output.name, ()), strict=False):
+            if isinstance(axis, str):
+                dim.dim_param = axis
 
 
 def _prove(model: onnx.ModelProto, changed: Path, file: Path, graph: Graph) -> None:

@@ -118,6 +118,9 @@ def _forms(onnx: OnnxFile, graph: Graph) -> _Seen:
     seen = _Seen([], [], [])
     kept = {s.output: s for s in graph.states}
     for port in onnx.outputs:
+        if port.dtype not in contract.DTYPES:
+            seen.remarks.append(f"output {port.name!r} is {port.dtype}, no tensor of numbers: left out")
+            continue
         shapes = [run[port.name].shape for run in runs]
         if port.name in kept:
             state = kept[port.name]

@@ -101,3 +101,26 @@ def rowless(file: Path) -> None:
     """x [3] → y [3]: nowhere is there a row."""
     file.parent.mkdir(parents=True, exist_ok=True)
     _save(file, [helper.make_node("Neg", ["x"], ["y"])], [_value("x", FLOAT, 3)], [_value("y", FLOAT, 3)], [])
+
+
+def window(file: Path, size: int) -> None:
+    """x [b, t], h [b, 4] → y [b, 4], hn [b, 4]: takes `size` samples at once and nothing else, though t is open."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Add", ["a", "h"], ["sum"]),
+        helper.make_node("Tanh", ["sum"], ["hn"]),
+        helper.make_node("Neg", ["hn"], ["y"]),
+    ]
+    inputs = [_value("x", FLOAT, "b", "t"), _value("h", FLOAT, "b", 4)]
+    _save(file, nodes, inputs, [_value("y", FLOAT, "b", 4), _value("hn", FLOAT, "b", 4)], _weights(8, w=(size, 4)))
+
+
+def nameless(file: Path) -> None:
+    """x [?, ?, 3] with steps first, h_in [1, ?, 4] → y [?, ?, 4], h_out [1, ?, 4]: an RNN of which no axis has a name."""
+    nodes = [
+        helper.make_node("RNN", ["x", "w", "r", "b", "", "h_in"], ["y4", "h_out"], hidden_size=4),
+        helper.make_node("Squeeze", ["y4", "one"], ["y"]),
+    ]
+    inputs = [_value("x", FLOAT, None, None, 3), _value("h_in", FLOAT, 1, None, 4)]
+    outputs = [_value("y", FLOAT, None, None, 4), _value("h_out", FLOAT, 1, None, 4)]
+    _save(file, nodes, inputs, outputs, [*_weights(9, w=(1, 4, 3), r=(1, 4, 4), b=(1, 8)), *_ints(one=[1])])

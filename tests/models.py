@@ -32,7 +32,7 @@ def _save(file: Path, nodes: list[onnx.NodeProto], inputs: list[Any], outputs: l
     onnx.save(helper.make_model(graph, opset_imports=OPSET, ir_version=9), file)
 
 
-def _value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+def _value(name: str, kind: int, *shape: int | str | None) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 
 

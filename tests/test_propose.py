@@ -23,7 +23,8 @@ CONVENTIONS = [
     "h hn", "h0 hn", "c0 cn", "h_0 h_n", "c cn", "h_in h_out", "hin hout", "hx hy", "state stateN", "state state_n", "state next_state",
     "state new_state", "x_in x_out", "mem mem_next", "mem next_mem", "hidden hidden_out", "hidden out_hidden", "h0 h1", "h h.1",
     "hidden_in hidden_out", "input_state output_state", "initial_state final_state", "prev_h next_h", "h_prev h", "state_in state",
-    "past_key present_key", "past.0.key present.0.key", "past_key_values.0.key present.0.key", "past_key_values.1.value present_key_values.1.value",
+    "past_key present_key", "past.0.key present.0.key", "past_key_values.0.key present.0.key",
+    "past_key_values.1.value present_key_values.1.value",
     "cache_k new_cache_k", "cache cache_out", "cache_last_channel cache_last_channel_next", "stateIn stateOut", "rnn.h.in rnn.h.out",
     "r1i r1o", "encoder_state updated_encoder_state", "window next_window", "lstm_h_in lstm_h_out",
 ]  # fmt: skip
@@ -47,7 +48,7 @@ def test_states_are_known_by_their_names(names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "before, after",
+    ("before", "after"),
     [
         (["h", "c"], ["hn", "cn"]),
         (["h0", "c0", "h1", "c1"], ["hn0", "cn0", "hn1", "cn1"]),
@@ -66,7 +67,7 @@ def test_layers_are_told_apart(before: list[str], after: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "inputs, outputs, says",
+    ("inputs", "outputs", "says"),
     [
         ([("state", (1, "b", 8))], [("new_state", (1, "b", 8)), ("state_out", (1, "b", 8))], "might become"),
         ([("state", (1, "b", 8))], [("state_out", (1, "b", 9))], "named like a state but differ"),
@@ -74,11 +75,11 @@ def test_layers_are_told_apart(before: list[str], after: list[str]) -> None:
         ([("past_key", ("b", 4, "p", 8))], [("present_key", ("b", 4, "q", 8))], "more than one open axis"),
     ],
 )
-def test_doubt_is_a_remark(inputs: list[tuple[str, tuple[int | str, ...]]], outputs: list[tuple[str, tuple[int | str, ...]]], says: str) -> None:
+def test_doubt_is_a_remark(
+    inputs: list[tuple[str, tuple[int | str, ...]]], outputs: list[tuple[str, tuple[int | str, ...]]], says: str
+) -> None:
     """What may be a state or not is not guessed: it stays an input, and a remark says why."""
-    proposal = propose(
-        "m.onnx", [DATA, *(Port(n, "float32", d) for n, d in inputs)], [SCORE, *(Port(n, "float32", d) for n, d in outputs)]
-    )
+    proposal = propose("m.onnx", [DATA, *(Port(n, "float32", d) for n, d in inputs)], [SCORE, *(Port(n, "float32", d) for n, d in outputs)])
     assert states(proposal) == []
     assert any(says in remark for remark in proposal.remarks)
 
@@ -115,7 +116,9 @@ def test_time_may_come_first() -> None:
 
 
 _NAMES = st.sampled_from([w for pair in CONVENTIONS for w in pair.split()] + ["x", "y", "input", "output", "sr", "lengths", "a b", "1:0"])
-_DIMS = st.lists(st.one_of(st.sampled_from([1, 2, 8, "b", "t", "batch_size", "s0 + 1", "", None]), st.integers(0, 4)), max_size=4).map(tuple)
+_DIMS = st.lists(st.one_of(st.sampled_from([1, 2, 8, "b", "t", "batch_size", "s0 + 1", "", None]), st.integers(0, 4)), max_size=4).map(
+    tuple
+)
 _PORTS = st.lists(
     st.builds(Port, _NAMES, st.sampled_from(["float32", "int64", "tensor(string)"]), _DIMS), max_size=5, unique_by=lambda p: p.name
 )
@@ -141,6 +144,25 @@ def test_runs_settle_what_names_leave_open(tmp_path: Path) -> None:
     pooled = dropin.understand(tmp_path / "pooled.onnx")
     assert (pooled.faults, pooled.graph.cut) == ((), False)
     assert any("'mean' would differ if a sequence were cut" in remark for remark in pooled.remarks)
+
+
+def test_a_model_that_reads_windows(tmp_path: Path) -> None:
+    """A file that runs with one number of steps only is served by windows of that size, and a remark says so."""
+    bare.window(tmp_path / "window.onnx", 256)
+    seen = dropin.understand(tmp_path / "window.onnx")
+    assert seen.faults == ()
+    assert (seen.graph.inputs[0].axes, seen.graph.max_time, seen.graph.cut) == (("batch", 256), 1, False)
+    assert any("a turn is one window of exactly 256" in remark for remark in seen.remarks)
+
+
+def test_axes_without_names_are_tried_both_ways(tmp_path: Path) -> None:
+    """Where a file names no axis, runs tell whether rows or steps lie first."""
+    bare.nameless(tmp_path / "nameless.onnx")
+    seen = dropin.understand(tmp_path / "nameless.onnx")
+    assert seen.faults == ()
+    assert seen.graph.inputs[0].axes == ("time", "batch", 3)
+    assert seen.graph.outputs[0].axes == ("time", "batch", 4)
+    assert seen.graph.states == (State("h_in", "h_out", "float32", (1, "batch", 4)),)
 
 
 def test_inspect_prints_what_can_be_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

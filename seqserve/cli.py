@@ -25,6 +25,8 @@ ROOMS: Mapping[str, tuple[str, str]] = {
     "serve": ("start a server", "cpu"),
     "train": ("train a model from data", "train"),
     "export": ("turn a trained model into a bundle that can be served", "train"),
+    "inspect": ("say how any ONNX file would be served, state pairs and axes", "cpu"),
+    "adapt": ("make a plain ONNX file streamable: its LSTM, GRU and RNN nodes carry state", "train"),
 }
 """Commands of other rooms: what each does, and the extra that brings it."""
 

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Listed
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,7 +35,7 @@ class Watch(Protocol):
 
     def round(self, engine: Engine, graph: str, rows: int, steps: int, seconds: float) -> None: ...
 
-    def left(self, engine: Engine, sequence: Sequence, reason: str) -> None: ...
+    def left(self, engine: Engine, sequences: Listed[Sequence], reason: str) -> None: ...
 
 
 class Engine:
@@ -146,7 +147,7 @@ class Workers:
         with self._wake:
             left = sequence.ticket is not None and engine.rounds.leave(sequence.ticket)
         if left:
-            engine.watch.left(engine, sequence, "cancelled")
+            engine.watch.left(engine, [sequence], "cancelled")
 
     def drain(self, seconds: float) -> bool:
         """Take nothing new; wait until what is here is done. False where `seconds` did not suffice."""
@@ -197,7 +198,7 @@ class Workers:
     def _do(self, late: list[tuple[Engine, Ticket]], chosen: tuple[Engine, Round] | None) -> None:
         try:
             for engine, ticket in late:
-                engine.watch.left(engine, ticket.work, "expired")
+                engine.watch.left(engine, [ticket.work], "expired")
                 _tell(ticket.work.failed, DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed while the request waited"))
             if chosen is not None:
                 self._run(*chosen)
@@ -240,12 +241,13 @@ class Workers:
             engine.rounds.done(round, seconds)
         engine.watch.round(engine, graph, round.rows, round.steps, seconds)
         again: list[Ticket] = []
+        answered: list[Ticket] = []
         for ticket, error in ran:
             if ticket.gone:
                 continue
             s = ticket.work
             if error is not None:
-                self._leave(engine, ticket, "failed")
+                self._leave(engine, [ticket], "failed")
                 _tell(s.failed, error)
             elif ticket.remaining:
                 again.append(ticket)
@@ -254,13 +256,11 @@ class Workers:
                     engine.answer(s)
                 except Exception as e:
                     log.exception("model %s: an answer could not be made", engine.name)
-                    self._leave(engine, ticket, "failed")
+                    self._leave(engine, [ticket], "failed")
                     _tell(s.failed, ModelFailed("ANSWER_FAILED", f"the answer of model {engine.name!r} could not be made: {e}"))
                     continue
-                if s.going:
-                    again.append(ticket)
-                else:
-                    self._leave(engine, ticket, "answered")
+                (again if s.going else answered).append(ticket)
+        self._leave(engine, answered, "answered")
         try:
             self.after_round()
         except Exception:  # what is done for some sequences of a round must not keep the others from going on
@@ -281,12 +281,14 @@ class Workers:
                     engine.rounds.turn(ticket, _key(engine, s), s.rows, s.steps, cut=graph.cut, shared=graph.shared)
             self._wake.notify(1)
 
-    def _leave(self, engine: Engine, ticket: Ticket, how: str) -> None:
-        with self._wake:
-            engine.rounds.leave(ticket)
-            if engine.retired and not engine.rounds.tickets:
-                self._engines = [e for e in self._engines if e is not engine]
-        engine.watch.left(engine, ticket.work, how)
+    def _leave(self, engine: Engine, tickets: list[Ticket], how: str) -> None:
+        if tickets:
+            with self._wake:
+                for ticket in tickets:
+                    engine.rounds.leave(ticket)
+                if engine.retired and not engine.rounds.tickets:
+                    self._engines = [e for e in self._engines if e is not engine]
+            engine.watch.left(engine, [ticket.work for ticket in tickets], how)
 
 
 def _key(engine: Engine, s: Sequence) -> tuple[object, ...]:

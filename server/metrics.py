@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +88,12 @@ class Metrics:
         self._of("seqserve_round_seconds", *model).observe(seconds)
         self._of("seqserve_row_steps_total", *model).inc(rows * steps)
 
-    def left(self, engine: Engine, sequence: Sequence, outcome: str) -> None:
-        self._of("seqserve_sequences_total", engine.name, engine.version, outcome).inc()
+    def left(self, engine: Engine, sequences: Listed[Sequence], outcome: str) -> None:
+        self._of("seqserve_sequences_total", engine.name, engine.version, outcome).inc(len(sequences))
         if outcome == "answered":
-            self._of("seqserve_queue_seconds", engine.name, engine.version).observe(sequence.queued)
+            queued = self._of("seqserve_queue_seconds", engine.name, engine.version)
+            for sequence in sequences:
+                queued.observe(sequence.queued)
 
     def call(self, method: str, code: str, seconds: float) -> None:
         self._of("seqserve_calls_total", method, code).inc()

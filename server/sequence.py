@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from contract.bundle import Graph, Tensor, is_ragged
+from contract.bundle import Graph, Tensor
 from server.errors import ServeError
 from server.inputs import Sizes
 from server.rounds import Ticket
@@ -127,8 +127,8 @@ def split(graph: Graph, sequences: Listed[Sequence], results: Listed[Array], ste
                 continue
             axis = tensor.batch_axis
             assert axis is not None  # validate() refuses outputs without
-            lo, n = (cell, ragged) if is_ragged(tensor.axes[axis]) else (start, s.rows)
-            outputs[tensor.name] = array[(slice(None),) * axis + (slice(lo, lo + n),)]
+            lo, n = (cell, ragged) if tensor.ragged else (start, s.rows)
+            outputs[tensor.name] = array[(slice(None),) * axis + (slice(lo, lo + n),)] if axis else array[lo : lo + n]
         s.take(graph, outputs, Rows(bank, start, s.rows), steps)
         start += s.rows
         cell += ragged

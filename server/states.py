@@ -30,13 +30,24 @@ class Rows:
 
     def arrays(self, graph: Graph) -> tuple[Array, ...]:
         """The rows themselves, as views."""
-        return tuple([_cut(array, s.batch_axis, self.start, self.count) for s, array in zip(graph.states, self.bank, strict=True)])
+        if self._whole(graph):
+            return self.bank
+        return tuple(
+            [
+                array[(*_BEFORE[: s.batch_axis], slice(self.start, self.start + self.count))]
+                for s, array in zip(graph.states, self.bank, strict=True)
+            ]
+        )
 
     def own(self, graph: Graph) -> Rows:
         """The same rows with arrays of their own, that keep no others from being freed."""
-        if not self.bank or self.bank[0].shape[graph.states[0].batch_axis] == self.count:  # all of a bank have the same rows
+        if self._whole(graph):
             return self
         return Rows(tuple([array.copy() for array in self.arrays(graph)]), 0, self.count)
+
+    def _whole(self, graph: Graph) -> bool:
+        """Whether these are all rows of the bank; its arrays have the same number."""
+        return not self.bank or self.bank[0].shape[graph.states[0].batch_axis] == self.count
 
     def pick(self, graph: Graph, rows: Sequence[int]) -> Rows:
         """Other rows in another order: what beam search makes of its hypotheses. Copies."""
@@ -61,9 +72,3 @@ def stack(graph: Graph, parts: Sequence[Rows]) -> tuple[Array, ...]:
         return Rows(first.bank, first.start, end - first.start).arrays(graph)
     split = [part.arrays(graph) for part in parts]
     return tuple(np.concatenate(arrays, s.batch_axis) for s, arrays in zip(graph.states, zip(*split, strict=True), strict=True))
-
-
-def _cut(array: Array, axis: int, start: int, count: int) -> Array:
-    if start == 0 and array.shape[axis] == count:
-        return array
-    return array[(*_BEFORE[:axis], slice(start, start + count))]

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import grpc
 from google.protobuf.message import DecodeError
 
-from contract.bundle import is_ragged
 from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server.catalog import Model
@@ -26,6 +25,7 @@ from server.tasks.forecast import Forecaster
 from server.turns import Plan, Told, Turns
 
 SERVICE = "seqserve.v1.Sessions"
+_TURNS = b"\x0a"  # the tag of TurnsReply.turns: field 1, a length follows
 PAGE = 1000  # sessions that List gives at once
 
 
@@ -105,7 +105,7 @@ class _Stream(Receiver):
         def told(reply: bytes | ServeError) -> None:
             if isinstance(reply, ServeError):
                 reply = pb.TurnReply(session=turn.session, turn=turn.turn, refusal=_refusal(reply)).SerializeToString()
-            self._call.reply(pb.TurnsReply(turns=[pb.TurnReply.FromString(reply)]).SerializeToString())
+            self._call.reply(_in_reply(reply))
             with self._lock:
                 self._due -= 1
                 over = self._ended and self._due == 0
@@ -124,6 +124,17 @@ class _Stream(Receiver):
         except Exception:
             told(ModelFailed("INTERNAL", "the server failed while it took this turn; its log has the reason"))
             raise
+
+
+def _in_reply(reply: bytes) -> bytes:
+    """A serialised TurnsReply of one turn, which is serialised already: its tag and length, then itself."""
+    length = len(reply)
+    head = bytearray(_TURNS)
+    while length > 127:
+        head.append(length & 127 | 128)
+        length >>= 7
+    head.append(length)
+    return bytes(head) + reply
 
 
 def _behind(turn: pb.TurnRequest, refused: int) -> Conflict:
@@ -154,7 +165,7 @@ def _take(turns: Turns, request: pb.TurnRequest, told: Told) -> None:
 
 def _tensors(model: Model, request: pb.TurnRequest) -> Plan:
     graph = model.bundle.graph
-    if any(is_ragged(a) for t in graph.inputs for a in t.axes):
+    if graph.ragged:
         raise InvalidInput("TASK_ONLY", f"model {model.name!r} can't be called by tensors", model=model.name)
     inputs = {t.name: wire.read(t.name, t.datatype, t.shape, t.data) for t in request.tensors.tensors}
     sizes = check(graph, inputs, 1)

@@ -88,7 +88,7 @@ def _form(name: str, kind: str, shape: Sequence[int]) -> tuple[list[int], np.dty
         allowed = listed(DATATYPES)
         message = f"input {name!r}: datatype {kind!r}; allowed are {allowed}"
         raise InvalidInput("WRONG_DTYPE", message, tensor=name, expected=allowed, got=kind)
-    if any(d < 0 for d in dims):
+    if dims and min(dims) < 0:
         raise InvalidInput("WRONG_SHAPE", f"input {name!r}: shape {dims} has a negative length", tensor=name, got=dims)
     return dims, _NUMPY[kind], math.prod(dims)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 
+from server import shelf
 from server.catalog import Catalog
 from server.config import Config
 from server.engine import Workers
@@ -18,6 +19,7 @@ from server.rounds import Limits
 from server.rpc import health, inference, repository, sessions, tasks
 from server.rpc.answer import Desk
 from server.rpc.front import Options, choose_front
+from server.shelf import Shelf
 from server.store import open_store
 from server.turns import Turns
 
@@ -34,15 +36,16 @@ class App:
         limits = Limits(rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, workers=config.workers)
         self.catalog = Catalog(self.workers, limits, self.metrics, config.max_request_rows)
         self.store = open_store(config.store, config.durability)
-        self.turns = Turns(self.catalog, self.workers, self.store, config.max_sessions, config.resident_sessions, config.session_ttl)
+        self.shelf = Shelf(self.catalog, self.store, shelf.Limits(config.max_sessions, config.resident_sessions, config.session_ttl))
+        self.turns = Turns(self.shelf, self.workers)
         services = [inference.SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
         self.health = health.Health(services)
         desk = Desk(self.metrics, config.access_log)
         methods = {
-            **inference.Inference(self.catalog, self.turns, lambda: self.health.serving).methods(desk),
+            **inference.Inference(self.catalog, self.shelf, self.turns, lambda: self.health.serving).methods(desk),
             **repository.Repository(self.catalog, self.metrics).methods(desk),
             **tasks.Tasks(self.catalog, lambda: self.health.serving).methods(desk),
-            **sessions.Sessions(self.turns).methods(desk),
+            **sessions.Sessions(self.shelf, self.turns).methods(desk),
             **self.health.methods(desk),
             **health.reflect(services),
         }
@@ -66,7 +69,7 @@ class App:
         if self.config.metrics_port >= 0:
             self.metrics_port, self._stop_metrics = self.metrics.serve(self.config.host, self.config.metrics_port)
         self.workers.start()
-        self.turns.start()
+        self.shelf.start()
         self.front.start()
         self.health.set(True)
         if self.config.port_file is not None:
@@ -85,7 +88,7 @@ class App:
         done = self.workers.drain(self.config.drain_seconds)
         left = max(0.0, self.config.drain_seconds - (time.monotonic() - began))
         self.workers.stop()
-        self.turns.stop()
+        self.shelf.stop()
         self.front.stop(min(left, 1.0) if done else 0.0)  # replies are sent; a second is for slow readers
         self._stop_metrics()
         log.info("stopped after %.2f s%s", time.monotonic() - began, "" if done else "; some requests were refused")

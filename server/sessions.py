@@ -243,6 +243,11 @@ class Sessions:
             self._away[id] = (session.expires, kept.turn)
             heapq.heappush(self._deadlines, (session.expires, next(self._tie), id))
 
+    def lose(self, id: str) -> None:
+        """A session that was put away is not in the store any more."""
+        if id in self._away:
+            self._end(id, "evicted", self._away.pop(id)[1])
+
     def away(self, id: str) -> bool:
         """Whether a session is stored only: it is to be opened again, as it was kept, before it is used."""
         return id in self._away

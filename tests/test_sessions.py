@@ -82,6 +82,10 @@ class Told:
         self.sessions.open(self.stored[id], self.now, 5.0)
         return f"{id} is back at turn {self.stored[id].turn}"
 
+    def lose(self, id: str) -> str:
+        self.sessions.lose(id)
+        return ""
+
     def tick(self, seconds: str) -> str:
         self.now += float(seconds)
         return ""

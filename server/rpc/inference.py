@@ -19,6 +19,7 @@ from server.rpc import wire
 from server.rpc.answer import Answer, Asked, Desk, malformed
 from server.rpc.front import Call, Method, Receiver, stream
 from server.sequence import Outputs, Sequence
+from server.shelf import Shelf
 from server.turns import Plan, Turns
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,9 @@ EXTENSIONS = ("sequence", "sequence(string_id)", "model_repository")
 
 
 class Inference:
-    def __init__(self, catalog: Catalog, turns: Turns, ready: Callable[[], bool]) -> None:
+    def __init__(self, catalog: Catalog, shelf: Shelf, turns: Turns, ready: Callable[[], bool]) -> None:
         self._catalog = catalog
+        self._shelf = shelf
         self._turns = turns
         self._ready = ready
 
@@ -103,17 +105,17 @@ class Inference:
         id = f"{model.name}/{_sequence_id(request)}"
         start, end = _flag(request, "sequence_start"), _flag(request, "sequence_end")
         turn = request.parameters["turn"].int64_param if "turn" in request.parameters else None
-        if start and not (turn == 1 and self._turns.lives(id)):  # the first turn sent again is no new start
-            if self._turns.lives(id):
+        if start and not (turn == 1 and self._shelf.lives(id)):  # the first turn sent again is no new start
+            if self._shelf.lives(id):
                 self._turns.close(id)
-            self._turns.open(model.name, model.version, id)
+            self._shelf.open(model.name, model.version, id)
 
         def told(reply: bytes | ServeError) -> None:
             if isinstance(reply, ServeError):
                 answer.fail(reply)
                 return
             answer.done_bytes(reply)
-            if end and self._turns.lives(id):
+            if end and self._shelf.lives(id):
                 self._turns.close(id)
 
         def brought(model: Model, rest: str) -> Plan:

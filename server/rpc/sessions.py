@@ -20,6 +20,7 @@ from server.rpc.front import Call, Method, Receiver, stream
 from server.rpc.tasks import read_series, write_classification, write_series
 from server.sequence import Outputs
 from server.sessions import Kept
+from server.shelf import Shelf
 from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
 from server.turns import Plan, Told, Turns
@@ -30,7 +31,8 @@ PAGE = 1000  # sessions that List gives at once
 
 
 class Sessions:
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, shelf: Shelf, turns: Turns) -> None:
+        self._shelf = shelf
         self._turns = turns
 
     def methods(self, desk: Desk) -> Mapping[str, Method]:
@@ -38,16 +40,16 @@ class Sessions:
             f"/{SERVICE}/Open": desk.unary(pb.OpenRequest, self.open),
             f"/{SERVICE}/Turn": desk.unary(pb.TurnRequest, self.turn),
             f"/{SERVICE}/Turns": stream(lambda call: _Stream(self._turns, call, Answer(desk, call, f"/{SERVICE}/Turns"))),
-            f"/{SERVICE}/Get": desk.unary(pb.SessionName, lambda r, answer: answer.done(_info(self._turns.get(r.session)))),
+            f"/{SERVICE}/Get": desk.unary(pb.SessionName, lambda r, answer: answer.done(_info(self._shelf.get(r.session)))),
             f"/{SERVICE}/List": desk.unary(pb.ListRequest, self.list),
-            f"/{SERVICE}/Fork": desk.unary(pb.ForkRequest, lambda r, answer: answer.done(_info(self._turns.fork(r.session, r.fork)))),
+            f"/{SERVICE}/Fork": desk.unary(pb.ForkRequest, lambda r, answer: answer.done(_info(self._shelf.fork(r.session, r.fork)))),
             f"/{SERVICE}/Export": desk.unary(pb.ExportRequest, self.export),
             f"/{SERVICE}/Import": desk.unary(pb.ImportRequest, self.bring),
             f"/{SERVICE}/Close": desk.unary(pb.SessionName, lambda r, answer: answer.done(_info(self._turns.close(r.session)))),
         }
 
     def open(self, request: pb.OpenRequest, answer: Answer) -> None:
-        answer.done(_info(self._turns.open(request.model.name, request.model.version, request.session, request.ttl)))
+        answer.done(_info(self._shelf.open(request.model.name, request.model.version, request.session, request.ttl)))
 
     def turn(self, request: pb.TurnRequest, answer: Answer) -> None:
         def told(reply: bytes | ServeError) -> None:
@@ -59,14 +61,14 @@ class Sessions:
         _take(self._turns, request, told)
 
     def export(self, request: pb.ExportRequest, answer: Answer) -> None:
-        record, pages = self._turns.export(request.session, request.move)
+        record, pages = self._shelf.export(request.session, request.move)
         answer.done(pb.Exported(record=record, pages=pages, session=request.session))
 
     def bring(self, request: pb.ImportRequest, answer: Answer) -> None:
-        answer.done(_info(self._turns.bring(request.exported.record, request.exported.pages, request.session)))
+        answer.done(_info(self._shelf.bring(request.exported.record, request.exported.pages, request.session)))
 
     def list(self, request: pb.ListRequest, answer: Answer) -> None:
-        page, total = self._turns.page(request.after, min(request.limit or PAGE, PAGE))
+        page, total = self._shelf.page(request.after, min(request.limit or PAGE, PAGE))
         answer.done(pb.ListReply(sessions=map(_info, page), total=total))
 
 

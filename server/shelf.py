@@ -1,0 +1,300 @@
+"""Where live sessions lie: in memory, and in the store.
+
+Each is stored before its caller is told of it, and taken up again after a crash, or when it is used after it left memory.
+This file knows sessions and records, and which model may go on with a state; it must not know how a turn is run (turns.py).
+
+One lock guards all sessions, `changed`; it is held for decisions, never while the store is at work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+
+from server.catalog import Catalog, Model
+from server.engine import Clock
+from server.errors import Conflict, Gone, InvalidInput, NotFound, ServeError, listed
+from server.records import Record, Unreadable, decode, encode, fits
+from server.sessions import Kept, Session, Sessions
+from server.states import Rows
+from server.store import Durability, MemoryStore, Refusal, Store
+
+log = logging.getLogger(__name__)
+
+ID_LENGTH = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a session remembers: its row of state, and what of the input is not yet read (half a word)."""
+
+    rows: Rows | None = None
+    rest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many sessions there may be, how many of them in memory, and how long one lives where its caller names no ttl."""
+
+    most: int
+    resident: int
+    ttl: float  # seconds
+
+
+class Shelf:
+    """All live sessions of a server."""
+
+    def __init__(self, catalog: Catalog, store: Store, limits: Limits, clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._limits = limits
+        self._clock = clock
+        self._wall = wall  # records outlive the process whose monotonic clock counts
+        self._unfit: dict[str, ServeError] = {}  # stored sessions that can't be taken up
+        self.sessions = Sessions(limits.most)
+        self.changed = threading.Condition(threading.Lock())
+        self._stopping = False
+        self._expiry = threading.Thread(target=self._expire, name="session-expiry", daemon=True)
+
+    def start(self) -> None:
+        """Take up what survived, and begin to expire."""
+        for found in () if self._store.shared else self._store.scan():
+            if isinstance(found, Refusal):
+                log.error("a stored session%s is refused: %s: %s", f" {found.id!r}" if found.id else "", found.reason, found.message)
+                if found.id:
+                    message = f"session {found.id!r} can't be read from the store: {found.message}; open a new one"
+                    self._unfit[found.id] = Gone("RECORD_" + found.reason, message, session=found.id)
+                continue
+            try:
+                self._take_up(found)
+            except ServeError as e:
+                log.error("stored session %r is refused: %s", found.kept.id, e.message)
+                self._unfit[found.kept.id] = e
+            self.put_away()
+        with self.changed:
+            if len(self.sessions):
+                log.info("took up %d sessions", len(self.sessions))
+        self._expiry.start()
+
+    def stop(self) -> None:
+        with self.changed:
+            self._stopping = True
+            self.changed.notify_all()
+        self._expiry.join()
+        if self._store.durability is Durability.NONE:
+            self.write([session.kept for session in self.sessions.all()], always=True)
+        self._store.close()
+
+    def open(self, model: str, version: str, id: str = "", ttl: float = 0.0) -> Kept:
+        """A new session of a model. Raises NotFound, InvalidInput, Conflict or Overloaded."""
+        found = self._catalog.find(model, version)
+        if not found.bundle.graph.states:
+            raise InvalidInput("NO_STATE", f"model {found.name!r} keeps no state: call it without a session", model=found.name)
+        if found.bundle.kind == "translate":
+            raise InvalidInput("NO_TURNS", f"model {found.name!r} answers whole texts: call Translate or TranslateStream", model=found.name)
+        _check_id(id)
+        if not 0 <= ttl <= 1e9:
+            raise InvalidInput("BAD_TTL", f"ttl {ttl}; allowed are 0 (the default, {self._limits.ttl:g} s) to 1e9 seconds", got=ttl)
+        kept = Kept(id or _new_id(), found.name, found.version, found.bundle.fingerprint, ttl or self._limits.ttl, state=Memory())
+        self._find(kept.id)
+        with self.changed:
+            self.sessions.open(kept, self._clock())
+            self.changed.notify_all()
+        self._keep(kept)
+        return kept
+
+    def _keep(self, kept: Kept) -> None:
+        """Store a session just made; where that fails it was not made."""
+        try:
+            self.write([kept])
+        except ServeError:
+            with self.changed:
+                self.sessions.close(kept.id)
+            raise
+        self.put_away()
+
+    def lives(self, id: str) -> bool:
+        self._find(id)
+        with self.changed:
+            return id in self.sessions
+
+    def get(self, id: str) -> Kept:
+        with self.held(id) as session:
+            return session.kept
+
+    def page(self, after: str, limit: int) -> tuple[list[Kept], int]:
+        """Sessions by id, at most `limit` from the first id after `after`; and how many there are in all."""
+        with self.changed:
+            ids = self.sessions.ids()
+        found = []
+        for id in itertools.islice((i for i in ids if i > after), limit):
+            with suppress(Gone, NotFound):  # it ended meanwhile
+                found.append(self.get(id))
+        return found, len(ids)
+
+    def fork(self, id: str, new: str = "") -> Kept:
+        """Another session that goes on from the last applied turn of this one."""
+        _check_id(new)
+        with self.held(id):
+            kept = self.sessions.fork(id, new or _new_id(), self._clock()).kept
+            self.changed.notify_all()
+        self._keep(kept)
+        return kept
+
+    def export(self, id: str, move: bool) -> tuple[bytes, dict[int, bytes]]:
+        """A session as its record, and pages of replies; `move` ends it here. Raises Conflict where turns are under way."""
+        with self.held(id) as session:
+            kept = session.kept
+            if move and session.line:
+                message = f"session {id!r} has turns under way; read their replies first; last applied is turn {kept.turn}"
+                raise Conflict("BUSY", message, session=id, turn=kept.turn)
+            if move:
+                self.sessions.close(id, "moved")
+        if move:
+            self.write((), [id])
+        value, _, added, _ = encode(_record(kept, self._wall() + kept.ttl))
+        return value, dict(added)
+
+    def bring(self, record: bytes, pages: Mapping[int, bytes], id: str = "") -> Kept:
+        """Take up a session that was exported, under its own id or another. Raises InvalidInput for bytes that are none,
+        Gone where another model made its state, Conflict where its id lives."""
+        _check_id(id)
+        try:
+            found = decode(record, pages.get).record
+        except Unreadable as e:
+            raise InvalidInput("RECORD_" + e.reason, f"what was sent is no exported session: {e}") from None
+        kept = replace(found.kept, id=id or found.kept.id)
+        self._find(kept.id)
+        self._take_up(replace(found, kept=kept, expires=self._wall() + kept.ttl))
+        with self.changed:
+            self._unfit.pop(kept.id, None)
+            kept = self.sessions.find(kept.id).kept
+        self._keep(kept)
+        return kept
+
+    def write(self, every: Iterable[Kept], removed: Iterable[str] = (), *, always: bool = False) -> frozenset[str]:
+        """One commit, where this store keeps sessions as they go. Gives the ids that another server has taken up since; of these
+        nothing was written. Raises StoreFailed."""
+        if self._store.durability is Durability.NONE and not always:
+            return frozenset()
+        wall = self._wall()
+        return self._store.write([_record(kept, wall + kept.ttl) for kept in every], removed)
+
+    def _take_up(self, record: Record) -> None:
+        """A session that survived goes on, if the model that made its state is here. Raises Gone, Conflict or Overloaded."""
+        kept = record.kept
+        model = self.model(kept)
+        if fault := fits(record, model.bundle.graph):
+            raise _unfit(kept, "STATE_MISMATCH", fault)
+        rows = Rows(record.arrays, 0, 1) if record.arrays is not None else None
+        left = record.expires - self._wall()
+        with self.changed:
+            self.sessions.open(replace(kept, state=Memory(rows, record.rest)), self._clock(), left)
+            self.changed.notify_all()
+
+    @contextmanager
+    def held(self, id: str) -> Iterator[Session]:
+        """A session in memory, with the lock held. Raises as Sessions.find, or Gone where what is stored can't be taken up."""
+        while True:
+            self._find(id)
+            with self.changed:
+                if not self.sessions.away(id):
+                    yield self.sessions.find(id)
+                    return
+
+    def put_away(self) -> None:
+        """Sessions beyond those that memory is to hold leave it for the store; they come back when they are used."""
+        if isinstance(self._store, MemoryStore):
+            return
+        with self.changed:
+            idle = [(session, session.kept) for session in self.sessions.idle(self._limits.resident)]
+        if not idle:
+            return
+        if self._store.durability is Durability.NONE:
+            self.write([kept for _, kept in idle], always=True)
+        with self.changed:
+            for session, kept in idle:
+                self.sessions.put_away(session, kept)
+
+    def model(self, kept: Kept) -> Model:
+        """The model that made a session's state. Raises Gone where it is not here, or another is under its name."""
+        try:
+            model = self._catalog.find(kept.model, kept.version)
+        except NotFound as e:
+            raise _unfit(kept, "MODEL_GONE", f"its model is not here: {e.message}") from None
+        if model.bundle.fingerprint != kept.fingerprint:
+            raise _unfit(kept, "FINGERPRINT_MISMATCH", f"another {kept.model!r} version {kept.version} made its state")
+        return model
+
+    def _find(self, id: str) -> None:
+        """See that a session is in memory, if it is anywhere. Raises Gone, where what is stored can't be taken up."""
+        with self.changed:
+            away = self.sessions.away(id)
+            if id in self.sessions and not away:
+                return
+            unfit = self._unfit.get(id)
+        if unfit is not None:
+            raise unfit
+        if not away and not self._store.shared:
+            return  # all of this store's were taken up at the start
+        try:
+            record = self._store.read(id)
+        except Unreadable as e:
+            raise Gone("RECORD_" + e.reason, f"session {id!r} can't be read from the store: {e}; open a new one", session=id) from None
+        if record is None or record.expires <= self._wall():
+            with self.changed:
+                self.sessions.lose(id)
+            return
+        try:
+            self._take_up(record)
+        except Conflict:
+            return  # another thread was first
+        if self._store.durability is Durability.NONE:
+            self._store.write((), [id])  # or a crash would bring back what it was before
+
+    def _expire(self) -> None:
+        with self.changed:
+            while not self._stopping:
+                now = self._clock()
+                late = self.sessions.expired(now)
+                if late:
+                    self.changed.release()  # the store may take its time
+                    try:
+                        self._forget(late)
+                    finally:
+                        self.changed.acquire()
+                    continue
+                at = self.sessions.wake_at()
+                self.changed.wait(None if at is None else max(0.0, at - now))
+
+    def _forget(self, late: list[str]) -> None:
+        log.info("expired: %s", listed(late))
+        try:
+            self.write((), late)
+        except ServeError as e:
+            log.warning("expired sessions stay in the store: %s", e.message)  # they are refused by their deadline all the same
+
+
+def _record(kept: Kept, expires: float) -> Record:
+    memory: Memory = kept.state
+    return Record(kept, expires, memory.rows.bank if memory.rows is not None else None, memory.rest)
+
+
+def _unfit(kept: Kept, reason: str, why: str) -> Gone:
+    message = f"session {kept.id!r} can't go on after turn {kept.turn}: {why}; open a new one"
+    return Gone(reason, message, session=kept.id, turn=kept.turn)
+
+
+def _new_id() -> str:
+    return secrets.token_urlsafe(12)
+
+
+def _check_id(id: str) -> None:
+    if len(id) > ID_LENGTH or not id.isprintable():
+        raise InvalidInput("BAD_ID", f"a session's id has at most {ID_LENGTH} printable characters", expected=ID_LENGTH, got=len(id))

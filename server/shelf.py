@@ -240,7 +240,7 @@ class Shelf:
                 return
             unfit = self._unfit.get(id)
         if unfit is not None:
-            raise unfit
+            raise unfit.with_traceback(None)  # kept and raised often: it must not gather frames
         if not away and not self._store.shared:
             return  # all of this store's were taken up at the start
         try:

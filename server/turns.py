@@ -144,7 +144,7 @@ class Turns:
         return part
 
     def _ran(self, model: Model, session: Session, sequence: Sequence, outputs: Outputs) -> None:
-        """The turn's steps ran: glance ahead if it needs to, else apply it, answer, and go on with the next in line."""
+        """The turn's steps ran: glance ahead if it needs to, else it is ready to be applied when the round is over."""
         first = session.line[0] if session.line else None
         if first is None:
             return  # closed meanwhile

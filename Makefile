@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?=
 
-.PHONY: serve demo test check quality crash bench-sessions protos setup setup-dev clean
+.PHONY: serve demo test check quality precisions crash bench bench-sessions conformance protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -27,11 +27,20 @@ check: setup-dev        ## format, lint, types, import arrows, generated stubs
 quality: setup-dev      ## the shipped bundles on the full test sets: DATA=DIR, RUN=--served over gRPC
 	$(BIN)/python -m tests.figures.quality --data $(DATA) $(RUN)
 
+precisions: setup-dev   ## what each precision of the shipped bundles costs and saves: DATA=DIR
+	$(BIN)/python -m tests.figures.precisions --data $(DATA) $(RUN)
+
 crash: setup-dev        ## live sessions under kill -9: nothing lost, nothing doubled; RUN="--store redis"
 	$(BIN)/python -m tests.figures.crash $(RUN)
 
 bench-sessions: setup-dev ## what a turn costs, every store side by side; RUN="--open 0 --repeats 1" is shorter
 	$(BIN)/python -m tests.figures.sessions_bench $(RUN)
+
+bench: setup-dev        ## server, bare onnxruntime and a peer under perf_analyzer, into docs/bench.md; RUN="--short --only a32-32"
+	$(BIN)/python -m tests.figures.bench --data $(DATA) $(RUN)
+
+conformance: setup-dev  ## the Open Inference Protocol, case by case; EXAMPLES=DIR runs tritonclient's published examples too
+	$(BIN)/python -m tests.conformance.ours $(if $(EXAMPLES),--examples $(EXAMPLES)) $(RUN)
 
 protos: setup-dev       ## write the stubs anew from protos/*.proto
 	$(BIN)/python -m protos
@@ -52,4 +61,4 @@ setup-dev: .venv/.dev
 	touch $@ .venv/.serve
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .pytest_cache .hypothesis

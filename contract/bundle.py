@@ -46,6 +46,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     )
 }  # fmt: skip
 
+TENSOR_DTYPES: Mapping[str, np.dtype[Any]] = {**DTYPES, "string": np.dtype(object)}
+"""What inputs and outputs may be: numbers, which states may be too, and texts (each a str)."""
+
 ROLES = ("data", "lengths", "row")
 """What fills an input: `data` the caller; `lengths` the server, with the steps of each row (ONNX `sequence_lens`);
 `row` the server, with the row that each cell of a ragged tensor belongs to."""
@@ -102,7 +105,7 @@ class Tensor:
 
     @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
-        return DTYPES[self.dtype]
+        return TENSOR_DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ class Bundle:
     resources: Mapping[str, str] = field(default_factory=dict)  # name → file: vocabularies and the like
     made_from: Mapping[str, Any] = field(default_factory=dict)  # data, config, seed, revision, scores
     verified: Mapping[str, Any] = field(default_factory=dict)  # what the exporter compared, and the largest error
+    precision: str = "float32"  # how the graphs keep and compute numbers; what an exporter calls it
     fingerprint: str = ""  # of what was exported; left empty in one that is written by hand
     format: int = FORMAT
 
@@ -317,8 +321,10 @@ def _graph_faults(graph: Graph) -> Iterator[str]:
 
 
 def _tensor_faults(t: Tensor) -> Iterator[str]:
-    if t.dtype not in DTYPES:
-        yield f"dtype {t.dtype!r}: one of {', '.join(DTYPES)}"
+    if t.dtype not in TENSOR_DTYPES:
+        yield f"dtype {t.dtype!r}: one of {', '.join(TENSOR_DTYPES)}"
+    if t.dtype == "string" and (t.batch_axis is None or t.role != "data" or t.low is not None or t.high is not None):
+        yield "a tensor of texts has a batch axis, the role 'data', and neither low nor high"
     if t.role not in ROLES:
         yield f"role {t.role!r}: one of {', '.join(ROLES)}"
     for axis in t.axes:

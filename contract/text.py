@@ -6,11 +6,13 @@ the bundle. This file must not know any model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.decoders import DecodeStream
+from tokenizers.models import WordLevel
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<s>", "</s>"
 
@@ -44,6 +46,29 @@ class Vocabulary:
         """The text of ids, special marks dropped."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
 
+    def stream(self) -> Callable[[int], str]:
+        """Decodes id by id: what each adds to the text of those before, which together are `decode` of them all. Empty
+        where a letter needs the next id too."""
+        decoder = DecodeStream(skip_special_tokens=True)
+
+        def step(id: int) -> str:
+            return decoder.step(self._tokenizer, id) or ""
+
+        return step
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each id's own piece as the vocabulary spells it, for showing."""
         return [self._tokenizer.id_to_token(int(i)) or UNKNOWN for i in ids]
+
+
+def of_letters(texts: Iterable[str]) -> Vocabulary:
+    """A vocabulary of every character of `texts`, each a symbol of its own, after the marks for unknown, begin and end (0, 1, 2).
+
+    The marks are no special tokens of the library: a text that spells one is read letter by letter like any other.
+    """
+    marks = (UNKNOWN, START, END)
+    letters = sorted({letter for text in texts for letter in text})
+    tokenizer = Tokenizer(WordLevel({symbol: id for id, symbol in enumerate((*marks, *letters))}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return Vocabulary(tokenizer)

@@ -15,16 +15,16 @@ from typing import Any
 
 from contract import bundle as bundles
 from contract.bundle import Bundle, Graph
-from export import card, place, to_onnx, verify
+from export import card, convert, place, to_onnx, verify
 from server.graph import OnnxGraph
 from training import checkpoint, curves, tasks
 
 
-def export(run: Path, out: Path, name: str | None = None, scores: Path | None = None) -> Bundle:
+def export(run: Path, out: Path, name: str | None = None, scores: Path | None = None, precision: str = "float32") -> Bundle:
     """Write the bundle of a run into `out`, bundle.json last, and return it.
 
     Everything is made and proved in a directory beside `out` first: where anything fails, `out` stays as it was. Raises
-    FileNotFoundError, verify.VerifyError, BundleError.
+    FileNotFoundError, verify.VerifyError, BundleError, precision.CantConvert.
     """
     kept = checkpoint.load(run)
     task = tasks.find(kept.task)
@@ -44,6 +44,11 @@ def export(run: Path, out: Path, name: str | None = None, scores: Path | None = 
             for note in proof.notes[:3]:
                 print(f"warning: {graph_name}: {note}", file=sys.stderr)
             graphs[graph_name], proofs[graph_name] = verify.settled(described, proof), proof.plain()
+        if precision != "float32":
+            changed = convert.change_all(graphs, made, made, precision)
+            for remark in changed.remarks:
+                print(f"note: {remark}", file=sys.stderr)
+            graphs, proofs = dict(changed.graphs), {n: {**changed.verified[n], "float32": p} for n, p in proofs.items()}
         resources = task.resources(run)
         for source in resources.values():
             shutil.copyfile(source, made / source.name)
@@ -56,6 +61,7 @@ def export(run: Path, out: Path, name: str | None = None, scores: Path | None = 
             resources={n: f.name for n, f in resources.items()},
             made_from=_origin(kept),
             verified=proofs,
+            precision=precision,
         )
         found = bundles.save(found, made)
         shown = card.Scores.read(scores, found.name) if scores is not None else card.Scores()

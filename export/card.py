@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.bundle import Bundle
+from export import convert
 from training import curves
 from training.checkpoint import Checkpoint
 from training.config import parse
@@ -52,6 +53,7 @@ def write(
         f"# {about.title}",
         about.use,
         f"Served under the name `{bundle.name}`, task `{bundle.kind}`. {kept.parameters:,} parameters, {size / 1e6:.1f} MB.",
+        convert.said(bundle) if bundle.precision != "float32" else "",
         "## Design",
         about.design,
         "## Figures",
@@ -92,7 +94,8 @@ def _graphs(bundle: Bundle) -> list[str]:
             f" | {_tensors((s.input, s.axes) for s in graph.states)} | {proof.get('largest_error', 0):.1e}"
             f" | {yes[proof.get('batched_is_alone')]} | {yes[proof.get('cut_is_whole')]} |"
         )
-    return ["\n".join(lines), "Errors are against PyTorch, found by running the server's own graph runner."]
+    whom = "PyTorch" if bundle.precision == "float32" else "the float32 graph"
+    return ["\n".join(lines), f"Errors are against {whom}, found by running the server's own graph runner."]
 
 
 def _tensors(listed: Any) -> str:

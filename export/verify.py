@@ -5,7 +5,7 @@ It knows what must be equal and how nearly. It must not know any model, nor how 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +54,11 @@ class Proof:
     error: float = 0.0  # largest absolute difference from PyTorch, floating tensors
     batched_is_alone: bool = True  # bit for bit
     cut_is_whole: bool | None = None  # bit for bit; None where the graph is not cut
+    cut_matters: bool = False  # pieces give another answer than the whole, beyond rounding
+    mates_matter: bool | None = None  # rows together another than alone, beyond rounding; None: any bit is beyond it
+    relative: float | None = None  # of a graph in another precision: largest difference of a tensor, by norms
+    whole_numbers: float = 0.0  # of the same: the share of whole numbers that differ
+    allowed: Mapping[str, float] = field(default_factory=lambda: {"absolute": ABSOLUTE, "relative": RELATIVE})
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -61,8 +66,14 @@ class Proof:
         """For bundle.json."""
         found: dict[str, Any] = {
             "cases": self.cases, "rows": list(ROWS), "largest_error": self.error,
-            "allowed": {"absolute": ABSOLUTE, "relative": RELATIVE}, "batched_is_alone": self.batched_is_alone,
+            "allowed": dict(self.allowed), "batched_is_alone": self.batched_is_alone,
         }  # fmt: skip
+        if self.relative is not None:
+            found |= {
+                "largest_relative_norm": self.relative,
+                "whole_numbers_that_differ": self.whole_numbers,
+                "cut_matters": self.cut_matters,
+            }
         return found if self.cut_is_whole is None else {**found, "cut_is_whole": self.cut_is_whole}
 
 
@@ -71,8 +82,88 @@ def verify(name: str, graph: Graph, module: nn.Module, runner: OnnxGraph, seed: 
 
     That rows do not depend on each other, and not on cutting, is found bit for bit and reported, not raised.
     """
-    random = np.random.default_rng(seed)
     proof = Proof(name)
+    for case in _cases(proof, graph, runner, seed):
+        _against_torch(proof, graph, module, case.rows, case.time, case.together, case.name)
+        if case.pieces is not None:
+            _near(proof, graph, case.pieces, case.together, f"{case.name}, cut at {case.ends}")
+    if proof.differences:
+        raise VerifyError(proof.differences)
+    return proof
+
+
+def compare(name: str, graph: Graph, before: OnnxGraph, runner: OnnxGraph, allowed: float, rounding: float = 0.0, seed: int = 0) -> Proof:
+    """Compare a graph in another precision with the one it was made of. Raises VerifyError where a tensor is further from what
+    it was than `allowed`, by the norms of the difference and of itself in one round.
+
+    Whole numbers are counted where they differ, not refused: they may be ranks, and near ties change places. Where batching or
+    cutting alters answers beyond rounding the proof says so, for `settled`: beyond `rounding` of the same norms, and where that
+    is 0 as float32 rounds.
+    """
+    proof = Proof(name, relative=0.0, allowed={"relative_norm": allowed}, mates_matter=False if rounding else None)
+    differ = numbers = 0
+    for case in _cases(proof, graph, runner, seed):
+        was = _run(graph, before, case.rows, case.time)
+        for n, one, other in _pairs(case.together, was):
+            if one.dtype.kind != "f":
+                differ, numbers = differ + int((one != other).sum()), numbers + one.size
+                continue
+            off = _off(one, other)
+            proof.error = max(proof.error, float(np.abs(one.astype(np.float64) - other).max(initial=0)))
+            proof.relative = max(proof.relative or 0.0, off)
+            if not off <= allowed:
+                proof.differences.append(Difference(name, case.name, n, was[0][n].shape, off, allowed))
+        if rounding:
+            proof.mates_matter = proof.mates_matter or _apart(case.together, case.alone, rounding)
+        if case.pieces is not None and rounding:
+            proof.cut_matters |= _apart(case.pieces, case.together, rounding)
+        elif case.pieces is not None:
+            tried = Proof(name)
+            _near(tried, graph, case.pieces, case.together, case.name)
+            proof.cut_matters |= bool(tried.differences)
+    proof.whole_numbers = differ / max(numbers, 1)
+    if proof.differences:
+        raise VerifyError(proof.differences)
+    return proof
+
+
+def _pairs(one: Sequence[Values], other: Sequence[Values]) -> Iterator[tuple[str, Array, Array]]:
+    """By name, all rows' values of each side end to end."""
+    for n in one[0]:
+        yield n, np.concatenate([np.ravel(r[n]) for r in one]), np.concatenate([np.ravel(r[n]) for r in other])
+
+
+def _off(one: Array, other: Array) -> float:
+    """The norm of the difference by the norm of `other`; infinite where it is no number."""
+    error = float(np.linalg.norm(one.astype(np.float64) - other))
+    return error / (float(np.linalg.norm(other.astype(np.float64))) or 1.0) if np.isfinite(error) else float("inf")
+
+
+def _apart(one: Sequence[Values], other: Sequence[Values], rounding: float) -> bool:
+    return any(a.dtype.kind == "f" and _off(a, b) > rounding for _, a, b in _pairs(one, other))
+
+
+def identical(graph: Graph, one: OnnxGraph, other: OnnxGraph, seed: int = 0) -> bool:
+    """Whether two runners give the same bits."""
+    return all(_same(case.together, _run(graph, other, case.rows, case.time)) for case in _cases(Proof(""), graph, one, seed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """Rows of one length that ran together and alone, and where they could be cut and the bits differed, in pieces too."""
+
+    name: str
+    rows: Sequence[Values]
+    time: int
+    together: list[dict[str, Array]]
+    alone: list[dict[str, Array]]
+    ends: Sequence[int] = ()
+    pieces: list[dict[str, Array]] | None = None
+
+
+def _cases(proof: Proof, graph: Graph, runner: OnnxGraph, seed: int) -> Iterator[_Case]:
+    """Rows × lengths, each run together, alone and in pieces; the proof gets what is found bit for bit."""
+    random = np.random.default_rng(seed)
     cuttable = graph.cut and graph.max_time > 1 and any(t.time_axis is not None for t in graph.data)
     if cuttable:
         proof.cut_is_whole = True
@@ -81,29 +172,29 @@ def verify(name: str, graph: Graph, module: nn.Module, runner: OnnxGraph, seed: 
     for count in ROWS:
         for time in times:
             rows = _rows(graph, runner, count, time, random)
-            case = f"{count} rows, {time} steps"
+            name = f"{count} rows, {time} steps"
             together = _run(graph, runner, rows, time)
-            _against_torch(proof, graph, module, rows, time, together, case)
             alone = [_run(graph, runner, [r], time)[0] for r in rows]
+            case = _Case(name, rows, time, together, alone)
             if not _same(together, alone):
                 proof.batched_is_alone = False
-                proof.notes.append(f"{case}: rows run together differ in their last bits from rows run alone")
+                proof.notes.append(f"{name}: rows run together differ in their last bits from rows run alone")
             if cuttable and time > 1:
                 ends = sorted({*random.integers(1, time, min(3, time - 1)).tolist(), time})
                 pieces = _run_cut(graph, runner, rows, ends)
                 if not _same(together, pieces):
                     proof.cut_is_whole = False
-                    proof.notes.append(f"{case}: cut at {ends[:-1]} differs in the last bits from the whole")
-                    _near(proof, graph, pieces, together, f"{case}, cut at {ends[:-1]}")
+                    proof.notes.append(f"{name}: cut at {ends[:-1]} differs in the last bits from the whole")
+                    case = replace(case, ends=ends[:-1], pieces=pieces)
+            yield case
             proof.cases += 1
-    if proof.differences:
-        raise VerifyError(proof.differences)
-    return proof
 
 
 def settled(graph: Graph, proof: Proof) -> Graph:
-    """The contract with what the proof found: rows that depend on their batch-mates are not shared among callers."""
-    return graph if proof.batched_is_alone else replace(graph, shared=False)
+    """The contract with what the proof found: rows that depend on their batch-mates are not shared among callers, and what
+    depends on where it is cut is not cut."""
+    mates_matter = not proof.batched_is_alone if proof.mates_matter is None else proof.mates_matter
+    return replace(graph, shared=graph.shared and not mates_matter, cut=graph.cut and not proof.cut_matters)
 
 
 def table(differences: Iterable[Difference]) -> str:

@@ -288,6 +288,7 @@ class TurnRequest(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     OBSERVATIONS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    GENERATE_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     turn: _builtins.int
     acknowledged: _builtins.int
@@ -302,6 +303,12 @@ class TurnRequest(_message.Message):
     def observations(self) -> _seqserve_pb2.Series:
         """A forecaster's observations: any number of steps."""
 
+    @_builtins.property
+    def generate(self) -> _seqserve_pb2.GenerateRequest:
+        """A text to be gone on with, and how; its model is left empty. It goes on from all that was read and generated before,
+        and the reply is of this turn alone.
+        """
+
     def __init__(
         self,
         *,
@@ -311,12 +318,13 @@ class TurnRequest(_message.Message):
         tensors: Global___Tensors | None = ...,
         observations: _seqserve_pb2.Series | None = ...,
         text: _builtins.str = ...,
+        generate: _seqserve_pb2.GenerateRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "observations", b"observations", "tensors", b"tensors", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "input", b"input", "observations", b"observations", "tensors", b"tensors", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "input", b"input", "observations", b"observations", "session", b"session", "tensors", b"tensors", "text", b"text", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "generate", b"generate", "input", b"input", "observations", b"observations", "session", b"session", "tensors", b"tensors", "text", b"text", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["tensors", "observations", "text"]  # noqa: Y015
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["tensors", "observations", "text", "generate"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
@@ -332,6 +340,7 @@ class TurnReply(_message.Message):
     FORECAST_FIELD_NUMBER: _builtins.int
     CLASSIFICATION_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    GENERATED_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     turn: _builtins.int
     @_builtins.property
@@ -346,6 +355,10 @@ class TurnReply(_message.Message):
     def refusal(self) -> Global___Refusal:
         """Only in Turns: this turn was refused."""
 
+    @_builtins.property
+    def generated(self) -> _seqserve_pb2.GenerateReply:
+        """Without model and timing."""
+
     def __init__(
         self,
         *,
@@ -355,12 +368,13 @@ class TurnReply(_message.Message):
         forecast: _seqserve_pb2.ForecastReply | None = ...,
         classification: _seqserve_pb2.Classification | None = ...,
         refusal: Global___Refusal | None = ...,
+        generated: _seqserve_pb2.GenerateReply | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "forecast", b"forecast", "output", b"output", "refusal", b"refusal", "tensors", b"tensors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "forecast", b"forecast", "generated", b"generated", "output", b"output", "refusal", b"refusal", "tensors", b"tensors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "forecast", b"forecast", "output", b"output", "refusal", b"refusal", "session", b"session", "tensors", b"tensors", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "forecast", b"forecast", "generated", b"generated", "output", b"output", "refusal", b"refusal", "session", b"session", "tensors", b"tensors", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_output: _TypeAlias = _typing.Literal["tensors", "forecast", "classification", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_output: _TypeAlias = _typing.Literal["tensors", "forecast", "classification", "refusal", "generated"]  # noqa: Y015
     _WhichOneofArgType_output: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_output) -> _WhichOneofReturnType_output | None: ...
 

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 from numpy.typing import ArrayLike
 
-from seqserve import errors, inference, results, retry, sessions, turns, wire
+from seqserve import errors, generation, inference, results, retry, sessions, turns, wire
 from seqserve.aio_session import AsyncSession
 from seqserve.client import OPTIONS, RETRIES, TIMEOUT
 
@@ -115,6 +115,53 @@ class AsyncClient:
     ) -> results.Forecast:
         """Continues a series: steps × channels in raw units, oldest first. Empty choices are the model's own."""
         return await self._call(wire.forecast(observations, horizon, quantiles, model, version), timeout)
+
+    @overload
+    async def tag(self, text: str, model: str = "", version: str = "", *, timeout: float | None = None) -> results.Tagging: ...
+    @overload
+    async def tag(
+        self, text: list[str] | list[list[str]], model: str = "", version: str = "", *, timeout: float | None = None
+    ) -> list[results.Tagging]: ...
+    async def tag(
+        self, text: str | list[str] | list[list[str]], model: str = "", version: str = "", *, timeout: float | None = None
+    ) -> results.Tagging | list[results.Tagging]:
+        """Finds spans, such as names, in a text or in each of a list (at most 256). In place of a text its words may be given,
+        as they were split elsewhere. Without `model`, by the server's only tagger."""
+        return await self._call(wire.tag(text, model, version), timeout)
+
+    async def generate(
+        self,
+        text: str = "",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        max_symbols: int = 0,
+        stop: Sequence[str] = (),
+        model: str = "",
+        version: str = "",
+        *,
+        timeout: float | None = None,
+    ) -> results.Generation:
+        """Goes on with a text. `temperature` 0 takes the likeliest symbol each time, `top_k` 0 draws from all; with a `seed`
+        the text can be had again. It ends after `max_symbols` (0: 200), any of `stop`, or where the model ends it."""
+        return await self._call(generation.generate(text, temperature, top_k, seed, max_symbols, stop, model, version), timeout)
+
+    def generate_stream(
+        self,
+        text: str = "",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        max_symbols: int = 0,
+        stop: Sequence[str] = (),
+        model: str = "",
+        version: str = "",
+        *,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[results.GenerationPiece, None]:
+        """The same, symbol by symbol; the last piece has the whole. Closing it ends the call."""
+        call = generation.generate_stream(text, temperature, top_k, seed, max_symbols, stop, model, version)
+        return self._stream(call, timeout)
 
     async def infer(
         self,

@@ -24,9 +24,11 @@ SERVER = "localhost:8001"
 ROOMS: Mapping[str, tuple[str, str]] = {
     "serve": ("start a server", "cpu"),
     "train": ("train a model from data", "train"),
+    "compare": ("train one task with each kind of recurrent cell; a table and a picture", "train"),
     "export": ("turn a trained model into a bundle that can be served", "train"),
     "inspect": ("say how any ONNX file would be served, state pairs and axes", "cpu"),
     "adapt": ("make a plain ONNX file streamable: its LSTM, GRU and RNN nodes carry state", "train"),
+    "convert": ("write a bundle in another precision: float16, int8, its weights alone or all", "train"),
 }
 """Commands of other rooms: what each does, and the extra that brings it."""
 
@@ -155,6 +157,17 @@ def _parser(rooms: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentParser
     _model_options(c)
 
     c = add(
+        "tag", commands.tag, "find names in texts",
+        "Marks the spans that a tagger finds in each TEXT, or each line of standard input where there is none.",
+        "seqserve tag 'Empire State Building, said Alicia Keys.'",
+        "seqserve tag --json < posts.txt > spans.jsonl",
+    )  # fmt: skip
+    c.add_argument("text", metavar="TEXT", nargs="*")
+    c.add_argument("--words", action="store_true", help="the texts are split into words already, with spaces")
+    c.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: where a terminal reads; heeds $NO_COLOR")
+    _model_options(c)
+
+    c = add(
         "translate", commands.translate, "translate texts", "Translates each TEXT, or each line of standard input where there is none.",
         "seqserve translate 'A dog runs along the beach.' --beam 5",
         "seqserve translate --stream 'Two men play chess in the park.'",
@@ -168,6 +181,22 @@ def _parser(rooms: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentParser
     c.add_argument("--stream", action="store_true", help="print tokens as they are decoded")
     c.add_argument("--attention", action="store_true", help="show where the model looked for each token")
     c.add_argument("--attention-png", metavar="FILE", type=Path, help="the same as a picture, of the last text (needs matplotlib)")
+    _model_options(c)
+
+    c = add(
+        "generate", commands.generate, "go on with a text",
+        "Goes on with TEXT (without it, with standard input), symbol by symbol as they are drawn. The seed is told at the end:\n"
+        "with it the same text comes again.",
+        "seqserve generate 'KING RICHARD:' --temperature 0.8",
+        "seqserve generate '' --max-symbols 1000 --seed 7",
+        "seqserve generate 'ROMEO:' --stop '\\n\\n' --json",
+    )  # fmt: skip
+    c.add_argument("text", metavar="TEXT", nargs="?")
+    c.add_argument("--temperature", metavar="T", type=float, default=1.0, help="0 takes the likeliest symbol, above 1 is wilder; default 1")
+    c.add_argument("--top-k", metavar="N", type=int, default=0, help="draw from so many of the likeliest; default: from all")
+    c.add_argument("--seed", metavar="N", type=int, help="default: the server draws one")
+    c.add_argument("--max-symbols", metavar="N", type=int, default=0, help="default: 200")
+    c.add_argument("--stop", metavar="TEXT", action="append", help="end after this text, \\n standing for a new line; may be given again")
     _model_options(c)
 
     c = add(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,40 @@ def classify(client: Client, options: argparse.Namespace) -> None:
 def _labelled(text: str, c: results.Classification) -> dict[str, Any]:
     scores = {label: round(score, 6) for label, score in c.scores.items()}
     return {"text": text, "label": c.label, "score": round(c.score, 6), "scores": scores, "tokens": c.tokens}
+
+
+def tag(client: Client, options: argparse.Namespace) -> None:
+    colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    texts = inputs.texts(options.text)
+    while batch := list(itertools.islice(texts, TEXTS)):
+        given: list[str] | list[list[str]] = [text.split() for text in batch] if options.words else batch
+        for found in client.tag(given, options.model, options.model_version):
+            if options.json:
+                spans = [
+                    {"label": s.label, "text": s.text, "start": s.start, "end": s.end, "score": round(s.score, 6)} for s in found.spans
+                ]
+                _json({"text": found.text, "spans": spans})
+            else:
+                print(show.tagging(found, colour))
+
+
+def generate(client: Client, options: argparse.Namespace) -> None:
+    text = options.text if options.text is not None else inputs.stdin()
+    stop = [s.replace("\\n", "\n") for s in options.stop or ()]
+    wishes = (options.temperature, options.top_k, options.seed, options.max_symbols, stop)
+    model, version = options.model, options.model_version
+    if options.json:
+        g = client.generate(text, *wishes, model, version)
+        _json({"text": text, "generated": g.text, "seed": g.seed, "ended": g.ended, "symbols": len(g.symbols), "unknown": g.unknown})
+        return
+    sys.stdout.write(text)
+    for piece in client.generate_stream(text, *wishes, model, version):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+        if piece.done is not None:
+            print()
+            unknown = f", {piece.done.unknown} symbols of the text not known to the model" if piece.done.unknown else ""
+            print(f"seed {piece.done.seed}, ended by {piece.done.ended}{unknown}", file=sys.stderr)
 
 
 def translate(client: Client, options: argparse.Namespace) -> None:

@@ -107,6 +107,75 @@ class Forecast:
         return f"<Forecast {len(self.mean)} steps of {', '.join(self.channels)}; quantiles {known or 'none'}>"
 
 
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """One symbol of a generated text."""
+
+    piece: str  # as the vocabulary spells it
+    log_probability: float  # by the model itself, before temperature and top_k
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Generation:
+    """A text that a model went on with."""
+
+    text: str  # without what it goes on from
+    symbols: tuple[Symbol, ...]
+    seed: int  # with it, and all else the same, the text comes again
+    ended: str  # why it is no longer: "end", the model ended it; "stop"; "limit", max_symbols
+    read: int  # symbols of the text that was sent
+    unknown: int  # of these, not known to the model
+    model: str
+    version: str
+    timing: Timing = field(compare=False)
+
+    def __repr__(self) -> str:
+        return f"<Generation {self.text[:60]!r}{'…' if len(self.text) > 60 else ''}, {self.ended}>"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class GenerationPiece:
+    """What one message of a streamed text adds: the `text`s together are the text."""
+
+    text: str
+    symbol: Symbol | None  # None on the last piece
+    done: Generation | None  # the whole of it, on the last piece only
+
+    def __repr__(self) -> str:
+        return f"<GenerationPiece {self.text!r}{', done' if self.done else ''}>"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Span:
+    """A part of a text with a label: a name, a place."""
+
+    label: str
+    text: str
+    start: int  # in characters: `text[start:end]` of what was sent
+    end: int
+    first_word: int  # the same in words
+    end_word: int
+    score: float  # the probability that just these words are a span of this label
+
+    def __repr__(self) -> str:
+        return f"<Span {self.label} {self.text!r} {self.score:.1%}>"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Tagging:
+    """The spans of a text, in order; they do not overlap."""
+
+    spans: tuple[Span, ...]
+    text: str  # as it was sent; where words were, these with a space between them
+    words: int
+    model: str
+    version: str
+    timing: Timing = field(compare=False)  # of the whole request
+
+    def __repr__(self) -> str:
+        return f"<Tagging {', '.join(map(repr, self.spans)) or 'no spans'}, {self.words} words>"
+
+
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Inference:
     """The tensors that a model answered with."""

@@ -14,6 +14,7 @@ from seqserve import results
 CELLS = 80  # bars of a sparkline, past and ahead together
 _BARS = "▁▂▃▄▅▆▇█"
 _SHADES = " ░▒▓█"
+_COLOURS = {"person": 36, "location": 32, "group": 35, "corporation": 34, "product": 33, "creative-work": 31}  # ANSI
 
 
 def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
@@ -71,6 +72,22 @@ def forecast(observations: NDArray[np.float32], answer: results.Forecast, names:
             f"{channel}{pad}  {sparkline(seen, low, high, -(-len(seen) // scale))}│{sparkline(mean, low, high, -(-ahead // scale))}"
         )
     return [*table(rows, right=range(1, len(heading))), "", *lines]
+
+
+def tagging(answer: results.Tagging, colour: bool) -> str:
+    """The text with its spans marked: in a colour of their label, or in brackets where there is none; how sure, in percent."""
+    parts: list[str] = []
+    at = 0
+    for span in answer.spans:
+        parts.append(answer.text[at : span.start])
+        note = f"{span.label} {span.score:.0%}"
+        if colour:
+            code = _COLOURS.get(span.label, 31 + sum(span.label.encode()) % 6)
+            parts.append(f"\x1b[1;{code}m{span.text}\x1b[0m\x1b[2;{code}m {note}\x1b[0m")
+        else:
+            parts.append(f"[{span.text}]({note})")
+        at = span.end
+    return "".join([*parts, answer.text[at:]])
 
 
 def turn(said: str, answer: results.Answer) -> list[str]:

@@ -93,6 +93,36 @@ def forecast(observations: ArrayLike, horizon: int, quantiles: Sequence[float], 
     return Call(TASKS + "Forecast", request.SerializeToString(), read)
 
 
+def tag(given: str | Sequence[str | Sequence[str]], model: str, version: str) -> Call[results.Tagging | list[results.Tagging]]:
+    """One result for a text, a list for a list, whose members are texts or lists of words."""
+    inputs = [given] if isinstance(given, str) else [g if isinstance(g, str) else list(g) for g in given]
+    request = pb.TagRequest(model=model_named(model, version), inputs=[_tag_input(f"[{i}]", g) for i, g in enumerate(inputs)])
+
+    def read(raw: bytes) -> results.Tagging | list[results.Tagging]:
+        reply = parse(pb.TagReply, raw)
+        if len(reply.results) != len(inputs):
+            raise errors.bad_reply(f"{len(reply.results)} results for {len(inputs)} texts")
+        texts = (g if isinstance(g, str) else " ".join(g) for g in inputs)
+        timing = _timing(reply.timing)
+        made = [
+            results.Tagging(tuple(map(_span, r.spans)), text, r.words, reply.model.name, reply.model.version, timing)
+            for r, text in zip(reply.results, texts, strict=True)
+        ]
+        return made[0] if isinstance(given, str) else made
+
+    return Call(TASKS + "Tag", request.SerializeToString(), read)
+
+
+def _tag_input(where: str, given: str | Sequence[str]) -> pb.TagInput:
+    if isinstance(given, str):
+        return pb.TagInput(text=string(f"texts{where}", given))
+    return pb.TagInput(words=[string(f"words{where}[{i}]", word) for i, word in enumerate(given)])
+
+
+def _span(s: pb.Span) -> results.Span:
+    return results.Span(s.label, s.text, s.start, s.end, s.first_word, s.end_word, s.score)
+
+
 def models() -> Call[list[results.Model]]:
     def read(raw: bytes) -> list[results.Model]:
         reply = parse(pb.ModelsReply, raw)

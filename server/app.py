@@ -16,9 +16,13 @@ from server.config import Config
 from server.engine import Workers
 from server.metrics import Metrics
 from server.rounds import Limits
-from server.rpc import health, inference, repository, sessions, tasks
+from server.rpc import health, inference, inference_stream, repository, sessions, tasks
 from server.rpc.answer import Desk
 from server.rpc.front import Options, choose_front
+from server.rpc.parameters import SERVICE
+from server.rpc.settings import Settings
+from server.rpc.shared_memory import Regions, SharedMemory
+from server.rpc.statistics import Statistics, StatisticsService
 from server.shelf import Shelf
 from server.store import open_store
 from server.turns import Turns
@@ -34,16 +38,23 @@ class App:
         self.metrics = Metrics()
         self.workers = Workers(config.workers)
         limits = Limits(rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, workers=config.workers)
-        self.catalog = Catalog(self.workers, limits, self.metrics, config.max_request_rows)
+        statistics = Statistics(self.metrics)
+        self.catalog = Catalog(self.workers, limits, statistics, config.max_request_rows)
         self.store = open_store(config.store, config.durability)
         self.shelf = Shelf(self.catalog, self.store, shelf.Limits(config.max_sessions, config.resident_sessions, config.session_ttl))
         self.turns = Turns(self.shelf, self.workers)
-        services = [inference.SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
+        regions = Regions(config.allow_shared_memory)
+        infer = inference.Inference(self.catalog, self.shelf, self.turns, lambda: self.health.serving, regions, config)
+        services = [SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
         self.health = health.Health(services)
         desk = Desk(self.metrics, config.access_log)
         methods = {
-            **inference.Inference(self.catalog, self.shelf, self.turns, lambda: self.health.serving).methods(desk),
-            **repository.Repository(self.catalog, self.metrics).methods(desk),
+            **infer.methods(desk),
+            **inference_stream.methods(infer, desk),
+            **StatisticsService(self.catalog, statistics).methods(desk),
+            **repository.Repository(self.catalog, self.metrics, config.max_request_rows).methods(desk),
+            **SharedMemory(regions).methods(desk),
+            **Settings().methods(desk),
             **tasks.Tasks(self.catalog, lambda: self.health.serving).methods(desk),
             **sessions.Sessions(self.shelf, self.turns).methods(desk),
             **self.health.methods(desk),

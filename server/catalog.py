@@ -24,12 +24,14 @@ from server.inputs import spell
 from server.rounds import Limits
 from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
+from server.tasks.generate import Generator
+from server.tasks.tag import Tagger
 from server.tasks.tensors import Tensors
 from server.tasks.translate import Translator
 
 log = logging.getLogger(__name__)
 
-Task = Classifier | Translator | Forecaster
+Task = Classifier | Translator | Forecaster | Tagger | Generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "classify": Kind(Classifier, (("", ("tokens",), ("probabilities",)),)),
     "forecast": Kind(Forecaster, (("", (), ("mean", "quantiles")),)),
+    "generate": Kind(Generator, (("", ("tokens",), ("logits",)),)),
+    "tag": Kind(Tagger, (("", ("words", "features"), ("emissions",)),)),
     "translate": Kind(Translator, (("encode", ("tokens",), ("memory",)), ("", ("tokens", "memory"), ("log_probs", "ids", "attention")))),
 }
 
@@ -143,6 +147,10 @@ class Catalog:
             raise BundleError(name, faults)
         return loaded
 
+    def places(self) -> list[str]:
+        """NAME/VERSION of everything in the models' directory, whether it is served or not."""
+        return sorted(f"{p.parent.name}/{p.name}" for p in self._directory.glob("*/*") if p.is_dir() and not p.name.startswith("."))
+
     def unload(self, name: str, version: str = "") -> list[Model]:
         """Serve a model, or one version of it, no more; calls under way finish. Raises NotFound where it isn't served."""
         gone = [self.find(name, version)] if version else [m for m in self.models() if m.name == name] or [self.find(name)]
@@ -160,7 +168,8 @@ class Catalog:
             if any(key.split("/")[0] == name for key in self.refused):
                 raise NotFound("MODEL_REFUSED", f"model {name!r} could not be loaded; the server's log lists its faults", model=name)
             known = listed(sorted(self._models))
-            raise NotFound("UNKNOWN_MODEL", f"there is no model {name!r}; there are: {known}", model=name, known=known)
+            message = f"Request for unknown model: there is no model {name!r}; there are: {known}"
+            raise NotFound("UNKNOWN_MODEL", message, model=name, known=known)
         if not version:
             return versions[max(versions)]
         model = versions.get(int(version)) if version.isdecimal() and len(version) < 20 else None
@@ -231,6 +240,8 @@ def _sample(tensor: Tensor, rows: int, steps: int) -> np.ndarray[Any, Any]:
         return np.repeat(np.arange(rows, dtype=tensor.numpy_dtype), _CELLS)
     if tensor.role == "lengths":
         return np.full(rows, steps, tensor.numpy_dtype)
+    if tensor.dtype == "string":
+        return np.full(shape, "0", tensor.numpy_dtype)  # a text that graphs which read numbers can read too
     return np.full(shape, tensor.low or 0, tensor.numpy_dtype)
 
 

@@ -36,6 +36,8 @@ class Config:
     resident_sessions: int = _knob(20_000, "sessions in memory; those unused longest leave it for the store, unnoticed")
     session_ttl: float = _knob(3600.0, "seconds a session lives after its last turn, where its caller names none")
     max_message_bytes: int = _knob(16 << 20, "size of one message; larger ones are refused")
+    allow_shared_memory: bool = _knob(False, "let callers on this machine register POSIX shared memory and name it in place of bytes")
+    server_name: str = _knob("seqserve", "what ServerMetadata says; clients written for another server may look for its name")
     front: str = _knob("auto", "how calls are carried: queue (grpc's completion queue, fastest), public (grpc.aio), auto")
     drain_seconds: float = _knob(30.0, "how long a stopping server waits for running requests")
     tls_cert: Path | None = _knob(None, "PEM certificate chain; with --tls-key, calls are encrypted")

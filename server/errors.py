@@ -3,6 +3,7 @@
     ServeError
     ├── InvalidInput     INVALID_ARGUMENT     correct the request; the message says what is allowed
     ├── NotFound         NOT_FOUND            use one of the names in the message
+    ├── Unsupported      UNIMPLEMENTED        do without: this server, or as it was started, has no such thing
     ├── Gone             FAILED_PRECONDITION  the session has ended, the reason says why; open a new one
     ├── Conflict         FAILED_PRECONDITION  not the turn that comes next; go on from the last applied turn, in the facts
     ├── Overloaded       RESOURCE_EXHAUSTED   send again after `retry_after`
@@ -39,6 +40,10 @@ class InvalidInput(ServeError):
 
 class NotFound(ServeError):
     status = "NOT_FOUND"
+
+
+class Unsupported(ServeError):
+    status = "UNIMPLEMENTED"
 
 
 class Gone(ServeError):

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from contract import bundle as contract
 from contract.bundle import Bundle, Graph, State, Tensor
+from contract.text import of_letters
 
 VOCABULARY = 50
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -115,6 +116,37 @@ def two_layers(directory: Path, name: str = "two_layers", width: int = 16, hidde
     _save(directory / "step.onnx", nodes, inputs, outputs, initial)
     x, y = (Tensor(name, "float32", ("batch", "time", width)) for name in "xy")
     return contract.save(Bundle(name, {"step": Graph("step.onnx", (x,), (y,), tuple(states))}, "step"), directory)
+
+
+LETTERS = "\n .,abcdefgh"
+
+
+def speaker(directory: Path, name: str = "speaker", hidden: int = 12, seed: int = 3) -> Bundle:
+    """tokens [batch, time] → Embedding → LSTM → logits of the next of a few letters [batch, time, vocabulary]; task generate."""
+    directory.mkdir(parents=True, exist_ok=True)
+    vocabulary = of_letters([LETTERS])
+    vocabulary.save(directory / "vocabulary.json")
+    size = vocabulary.size
+    weights = _weights(seed, table=(size, 6), w=(1, 4 * hidden, 6), r=(1, 4 * hidden, hidden), b=(1, 8 * hidden), out=(hidden, size))
+    weights = [numpy_helper.from_array(numpy_helper.to_array(w) * 6, w.name) for w in weights]  # so that what was read counts
+    nodes = [
+        helper.make_node("Gather", ["table", "tokens"], ["x"]),
+        helper.make_node("Transpose", ["x"], ["xt"], perm=[1, 0, 2]),
+        helper.make_node("LSTM", ["xt", "w", "r", "b", "", "h", "c"], ["y", "h_next", "c_next"], hidden_size=hidden),
+        helper.make_node("Squeeze", ["y", "one"], ["ys"]),
+        helper.make_node("Transpose", ["ys"], ["yt"], perm=[1, 0, 2]),
+        helper.make_node("MatMul", ["yt", "out"], ["logits"]),
+    ]
+    states = tuple(State(n, f"{n}_next", "float32", (1, "batch", hidden)) for n in ("h", "c"))
+    inputs = [_value("tokens", INT64, "b", "t"), *(_value(s.input, FLOAT, 1, "b", hidden) for s in states)]
+    outputs = [_value("logits", FLOAT, "b", "t", size), *(_value(s.output, FLOAT, 1, "b", hidden) for s in states)]
+    _save(directory / "step.onnx", nodes, inputs, outputs, weights + _ints(one=[1]))
+    graph = Graph(
+        "step.onnx", (Tensor("tokens", "int64", ("batch", "time"), low=0, high=size - 1),),
+        (Tensor("logits", "float32", ("batch", "time", size)),), states, max_time=300,
+    )  # fmt: skip
+    task = {"kind": "generate", "vocabulary": "vocabulary", "start": 1, "end": 2, "never": [0, 1], "most": 400}
+    return contract.save(Bundle(name, {"step": graph}, "step", task, {"vocabulary": "vocabulary.json"}), directory)
 
 
 def library(root: Path) -> Mapping[str, Bundle]:

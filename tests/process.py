@@ -47,10 +47,11 @@ def _bytes(request: Message | bytes) -> bytes:
 
 
 @contextmanager
-def serve(models: Path, *flags: str) -> Iterator[Served]:
-    """Start `python -m server` and wait until it says that it serves; end it afterwards, whatever happened."""
+def serve(models: Path, *flags: str, root: Path = ROOT) -> Iterator[Served]:
+    """Start `python -m server` of this checkout, or of another at `root`, and wait until it says that it serves; end it
+    afterwards, whatever happened."""
     command = [sys.executable, "-m", "server", "--models", str(models), "--port", "0", "--metrics-port", "0", "--workers", "2", *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     log: list[str] = []
     found = None

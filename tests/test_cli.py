@@ -26,7 +26,7 @@ from tests import fakes
 from tests.fakes import CHANNELS, Fake, failure
 
 Code = grpc.StatusCode
-COMMANDS = ("classify", "translate", "forecast", "session", "sessions", "models", "infer", "demo")
+COMMANDS = ("classify", "tag", "generate", "translate", "forecast", "session", "sessions", "models", "infer", "demo")
 
 
 @pytest.fixture

@@ -233,3 +233,15 @@ def test_a_contract_that_the_module_does_not_keep_is_refused(tmp_path: Path) -> 
     wrong = replace(READER, outputs=(bundle.Tensor("each", "int64", ("batch", "time", 5)), READER.outputs[1]))
     with pytest.raises(bundle.BundleError, match="'each' is float32 in the file"):
         made(wrong, Reader(), tmp_path)
+
+
+def test_a_run_is_exported_in_another_precision(run: Path, tmp_path: Path) -> None:
+    """The same graphs, proved against PyTorch first, then made smaller and compared with themselves; the card says so."""
+    plain = bundling.export(run, tmp_path / "mood" / "1")
+    assert command.main([str(run), "--out", str(tmp_path / "mood" / "2"), "--precision", "float16-weights"]) == 0
+    made = bundle.load(tmp_path / "mood" / "2")
+    assert (made.precision, made.graph, made.task) == ("float16-weights", plain.graph, plain.task)
+    assert made.verified["step"]["float32"] == plain.verified["step"]
+    assert made.verified["step"]["as_rounded"]
+    assert (tmp_path / "mood" / "2" / "step.onnx").stat().st_size < 0.7 * (tmp_path / "mood" / "1" / "step.onnx").stat().st_size
+    assert "**Precision float16-weights.**" in (tmp_path / "mood" / "2" / card.FILE).read_text()

@@ -51,9 +51,9 @@ def read(calls: Calls, session: str, number: int, *tokens: int) -> bytes:
     return scores(sessions_pb2.TurnReply.FromString(calls.turn(turn(session, number, tokens))))
 
 
-def why(call: Any, *arguments: Any) -> str:
+def why(call: Any, *arguments: Any, **more: Any) -> str:
     with pytest.raises(grpc.RpcError) as caught:
-        call(*arguments)
+        call(*arguments, **more)
     return reason(caught.value)[1]
 
 
@@ -81,7 +81,7 @@ def test_unloaded_and_loaded_again(served: Served, library: Path) -> None:
     whole = read(calls, uncut, 1, 1, 2, 3, 4)
     first = read(calls, a, 1, 1, 2)
     unload(served, "reader")
-    assert ("reader", "1") not in index(served)
+    assert index(served)["reader", "1"] == "UNAVAILABLE"
     assert why(served.method(f"{SERVICE}/ModelInfer"), tokens_request([[1]])) == "UNKNOWN_MODEL"
     assert why(calls.turn, turn(a, 2, [3])) == "MODEL_GONE"
     assert why(unload, served, "reader") == "UNKNOWN_MODEL"
@@ -105,6 +105,46 @@ def test_what_cannot_be_served_harms_nothing(served: Served, library: Path) -> N
     assert served.method(f"{SERVICE}/ModelInfer", pb.ModelInferResponse)(tokens_request([[1]])).model_version == "1"
     for name in ("nope", "", "../reader", "*"):
         assert why(load, served, name) == "UNKNOWN_MODEL"
+
+
+def test_what_a_load_may_say(served: Served) -> None:
+    """The row limit can be set by a configuration, and goes back to the server's with the next load; another configuration, other
+    files, other parameters and other repositories are refused, and nothing changes."""
+    method = served.method(f"{SERVICE}/RepositoryModelLoad")
+
+    def load_with(**parameters: str | bytes) -> None:
+        request = pb.RepositoryModelLoadRequest(model_name="reader")
+        for key, value in parameters.items():
+            given = request.parameters[key.replace("__", ":")]
+            if isinstance(value, bytes):
+                given.bytes_param = value
+            else:
+                given.string_param = value
+        method(request)
+
+    def limit() -> int:
+        config = served.method(f"{SERVICE}/ModelConfig", pb.ModelConfigResponse)(pb.ModelConfigRequest(name="reader")).config
+        return int(config.max_batch_size)
+
+    load_with(config='{"max_batch_size": "2"}')
+    assert limit() == 2
+    assert why(served.method(f"{SERVICE}/ModelInfer"), tokens_request([[1], [2], [3]])) == "BAD_ROWS"
+    assert why(load_with, config='{"max_batch_size": -1}') == "BAD_CONFIG"
+    assert why(load_with, config="{{") == "BAD_CONFIG"
+    assert why(load_with, config='{"name": "another"}') == "FIXED_CONFIG"
+    with pytest.raises(grpc.RpcError) as caught:
+        load_with(config="{}", file__x=b"1")
+    assert reason(caught.value)[:2] == (grpc.StatusCode.INTERNAL, "NO_FILES")
+    assert why(load_with, mode="fast") == "UNKNOWN_PARAMETER"
+    assert why(method, pb.RepositoryModelLoadRequest(repository_name="other", model_name="reader")) == "UNKNOWN_REPOSITORY"
+    assert limit() == 2
+    load(served, "reader")
+    assert limit() == 256
+    request = pb.RepositoryModelUnloadRequest(model_name="reader")
+    request.parameters["unload_dependents"].bool_param = True
+    served.method(f"{SERVICE}/RepositoryModelUnload")(request)
+    ready = served.method(f"{SERVICE}/RepositoryIndex", pb.RepositoryIndexResponse)(pb.RepositoryIndexRequest(ready=True))
+    assert "reader" not in {m.name for m in ready.models}
 
 
 def test_changes_amid_calls(served: Served, library: Path) -> None:

@@ -54,20 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import lightning  # seconds to import: not before the command line is known to be right
 
-    from training import loop, tasks
+    from training import distributed, loop, tasks
     from training.data import DataError
 
     last = out / loop.LAST
     if asked.resume and not last.is_file():
         print(f"error: nothing to resume in {out}; start without --resume", file=sys.stderr)
         return 1
-    if last.is_file() and not asked.resume:
+    resume = asked.resume or (last.is_file() and distributed.goes_on(out))
+    if last.is_file() and not resume and distributed.first():
         print(f"note: {out} holds an earlier run, which is replaced; --resume would have gone on with it", file=sys.stderr)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
         training = tasks.find(asked.task).prepare(config, asked.data, out)
-        summary = loop.fit(training, out, resume=asked.resume, command=_command(given), progress=False if asked.no_progress else None)
+        summary = loop.fit(training, out, resume=resume, command=_command(given), progress=False if asked.no_progress else None)
     except (configs.ConfigError, DataError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

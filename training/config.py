@@ -25,7 +25,8 @@ class ConfigError(ValueError):
 class Optimiser:
     kind: str = "adam"  # adam, adamw, rmsprop, adagrad, nesterov
     lr: float = 1e-3
-    weight_decay: float = 0.0  # on matrices only: biases are left alone
+    weight_decay: float = 0.0  # on matrices only: biases are left alone; L2, which adamw keeps out of its moments
+    l1: float = 0.0  # times the sum of the matrices' absolute values, added to what is minimised, not to the loss told
     momentum: float = 0.9  # rmsprop and nesterov
     betas: tuple[float, float] = (0.9, 0.999)  # adam and adamw
 
@@ -44,7 +45,8 @@ class Run:
     epochs: int = 10
     patience: int = 3  # validations without gain before the run stops early
     validate_every: float = 1.0  # in epochs; below 1 several times an epoch
-    gradient_clip: float = 1.0  # largest norm of the whole gradient; 0 leaves it
+    gradient_clip: float = 1.0  # largest norm of the whole gradient, or value of each of its numbers; 0 leaves it
+    gradient_clip_by: str = "norm"  # norm, value
     accumulate: int = 1  # batches per optimiser step
     average: float = 0.0  # decay of a moving average of the weights, which is then what is scored and kept; 0: none
     max_minutes: float = 0.0  # stop after so long; 0: no limit
@@ -52,9 +54,26 @@ class Run:
     devices: int | str = 1
     num_nodes: int = 1
     strategy: str = "auto"
+    local_steps: int = 0  # local SGD: steps that each process makes alone between averages of the weights; 0: average gradients
     precision: str = "32-true"
     threads: int = 0  # torch's intra-op threads; 0 leaves its default
     workers: int = 0  # processes that load data
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Recurrent layers: the section `model.cells` of every model whose Dims has such a field; built by cells.py."""
+
+    kind: str = "lstm"  # elman, gru, lstm
+    hidden: int = 128
+    layers: int = 1
+    activation: str = "tanh"  # tanh, softsign; gates are sigmoids always
+    bidirectional: bool = False  # only where a sequence is there as a whole: it can't be served in pieces
+    forget_bias: float = 1.0  # lstm
+    recurrent: str = "orthogonal"  # orthogonal, xavier: what recurrent matrices start as; those of inputs start as xavier
+    gain: float = 1.0  # recurrent matrices start so many times as large
+    dropout: float = 0.0  # between layers, and on what the last gives
+    truncate: int = 0  # back-propagate through so many steps at a time; 0: through all
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +97,7 @@ class Config:
         lines = [f"{key} = {_toml(value)}" for key, value in sections.items() if not isinstance(value, dict)]
         for name, table in sections.items():
             if isinstance(table, dict):
-                lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+                lines += _table(name, table)
         return "\n".join(lines) + "\n"
 
 
@@ -106,7 +125,8 @@ def parse(document: Mapping[str, Any], task: str | None = None) -> Config:
 
 
 def section(kind: type[T], table: Mapping[str, Any], name: str) -> T:
-    """One dataclass from one table. Raises ConfigError naming every unknown key."""
+    """One dataclass from one table; a field that is a `Cells` from a table within. Raises ConfigError naming every unknown
+    key."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{name} must be a table")
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # every caller gives a dataclass
@@ -119,6 +139,8 @@ def section(kind: type[T], table: Mapping[str, Any], name: str) -> T:
             value = float(value)
         if form in _PLAIN and (not isinstance(value, _PLAIN[form]) or (isinstance(value, bool) and form != "bool")):
             raise ConfigError(f"{name}.{key}: must be {form}, got {value!r}")
+        if form in _NESTED and not isinstance(value, _NESTED[form]):
+            value = section(_NESTED[form], value, f"{name}.{key}")
         values[key] = tuple(value) if isinstance(value, list) else value
     try:
         return kind(**values)
@@ -127,6 +149,7 @@ def section(kind: type[T], table: Mapping[str, Any], name: str) -> T:
 
 
 _SECTIONS: Mapping[str, type[Any]] = {"optimiser": Optimiser, "schedule": Schedule, "run": Run}
+_NESTED: Mapping[str, type[Any]] = {"Cells": Cells}
 _PLAIN: Mapping[str, type | tuple[type, ...]] = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -145,6 +168,12 @@ def _set(document: dict[str, Any], setting: str) -> None:
         if not isinstance(document, dict):
             raise ConfigError(f"--set {setting}: {table} is not a section")
     document[key] = value
+
+
+def _table(name: str, table: Mapping[str, Any]) -> list[str]:
+    """A table, then the tables within it, as TOML wants them."""
+    lines = ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict))]
+    return lines + [line for key, value in table.items() if isinstance(value, dict) for line in _table(f"{name}.{key}", value)]
 
 
 def _toml(value: Any) -> str:

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,11 +25,11 @@ from contract.bundle import Graph, State
 from contract.bundle import Tensor as Described
 from training import checkpoint
 from training.config import Config, ConfigError, section
-from training.data import ett
+from training.data.ett import Series
 from training.layers import remember
 from training.loop import Training
 from training.tasks import About
-from training.windows import DAY, AtRandom, Windows, waves
+from training.windows import DAY, AtRandom, Windows, load, scale
 
 QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MIDDLE = QUANTILES.index(0.5)
@@ -56,6 +55,7 @@ class Dims:
     horizon: int = 96
     hidden: int = 64
     dropout: float = 0.3
+    season: int = DAY  # steps of the pattern that the features look for; 3, 6, 12, 24, ...
 
 
 class Forecast(NamedTuple):
@@ -98,24 +98,25 @@ class Forecaster(nn.Module):
 
     def features(self, before: Tensor, values: Tensor) -> Tensor:
         """before [batch, lookback, channels], values [batch, time, channels], both standardised → what the LSTM reads,
-        [batch, time, channels, FEATURES]: the step, the step from a day ago, the deviation from the day's mean and that
-        mean's change in a day. Sums of shifted slices: each value's result is the same wherever the series is cut."""
+        [batch, time, channels, FEATURES]: the step, the step from a season (a day) ago, the deviation from the season's mean and
+        that mean's change in a season. Sums of shifted slices: each value's result is the same wherever the series is cut."""
         time = values.shape[1]
         series = torch.cat([before, values], dim=1)
-        back = self.dims.lookback
+        back, season = self.dims.lookback, self.dims.season
 
         def ago(steps: int) -> Tensor:
             return series[:, back - steps : back - steps + time]
 
-        # the sum of DAY values that ends at each place of `series` from DAY - 1 on, by doubling: 1, 2, 4, 8, then 3 * 8
+        # the sum of `season` values that ends at each place of `series` from season - 1 on, by doubling: 1, 2, 4, 8, then 3 * 8
+        third = season // 3
         total = series
-        for shift in (1, 2, 4):
+        for shift in (2**n for n in range(third.bit_length() - 1)):
             total = total[:, shift:] + total[:, :-shift]
-        total = total[:, 16:] + total[:, 8:-8] + total[:, :-16]
-        mean = total / DAY  # mean[:, p] ends at series[:, p + DAY - 1]
-        now_mean = mean[:, back - DAY + 1 : back - DAY + 1 + time]
-        day_mean = mean[:, back - 2 * DAY + 1 : back - 2 * DAY + 1 + time]
-        parts = (values - ago(1), values - ago(DAY), values - now_mean, now_mean - day_mean)
+        total = total[:, 2 * third :] + total[:, third:-third] + total[:, : -2 * third]
+        mean = total / season  # mean[:, p] ends at series[:, p + season - 1]
+        now_mean = mean[:, back - season + 1 : back - season + 1 + time]
+        before_mean = mean[:, back - 2 * season + 1 : back - 2 * season + 1 + time]
+        parts = (values - ago(1), values - ago(season), values - now_mean, now_mean - before_mean)
         return torch.stack(parts, dim=3)
 
     def follow(self, before: Tensor, values: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +241,7 @@ def task(model: nn.Module, run: Path) -> dict[str, Any]:
 class Data:
     """The `data` table of a configuration."""
 
-    kind: str = "ett"  # or "waves", generated
+    kind: str = "ett"  # or m4, univariate, waves (generated)
     series: str = "ETTh1"
     observed: int = 288  # observations of a training session; it is asked for forecasts on the way
     sessions: int = 2048  # training sessions an epoch, begun at random rows
@@ -255,6 +256,7 @@ class Model:
     horizon: int = 96
     hidden: int = 64
     dropout: float = 0.3
+    season: int = DAY
 
 
 def pinball(quantiles: Tensor, truth: Tensor) -> Tensor:
@@ -270,7 +272,7 @@ COVERED = (0.75, 0.85)  # of the validation values, by an 80 % interval, is well
 class ForecasterTraining(Training):
     """Squared error of the mean and pinball loss of the quantiles, at several lengths of one session at once."""
 
-    def __init__(self, config: Config, model: Forecaster, data: Data, series: ett.Series, out: Path) -> None:
+    def __init__(self, config: Config, model: Forecaster, data: Data, series: Series, out: Path) -> None:
         super().__init__(model, asdict(model.dims), config)
         self.data, self.out, self.series = data, out, series
         d = model.dims
@@ -289,7 +291,8 @@ class ForecasterTraining(Training):
     def validation_batches(self) -> DataLoader[Any]:
         """Every window of look-back and horizon, one step apart."""
         d = self.dims
-        return DataLoader(Windows(self.validation_values, d["lookback"] + d["horizon"]), 256)
+        rows = max(1, min(256, 2048 // d["channels"]))  # of hundreds of channels 256 windows would be gigabytes
+        return DataLoader(Windows(self.validation_values, d["lookback"] + d["horizon"]), rows)
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         model = self.model
@@ -341,7 +344,7 @@ class ForecasterTraining(Training):
                 model.width.copy_(torch.tensor(calibrate(model, DataLoader(seen, 256))))
         checkpoint.save(replace(kept, weights=model.state_dict()), self.out / checkpoint.FILE)
         about = {
-            "channels": list(self.series.channels), "step_seconds": 900 if self.data.series == "ETTm1" else 3600,
+            "channels": list(self.series.channels), "step_seconds": self.series.step_seconds,
             "width": float(model.width),
         }  # fmt: skip
         (self.out / FORECAST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -411,16 +414,14 @@ def draw(file: Path, model: Forecaster, values: Tensor, channels: tuple[str, ...
 def prepare(config: Config, data: Path | None, out: Path) -> ForecasterTraining:
     """Load the series and standardise by its training part; nothing of the test part is read into the model."""
     settings, chosen = section(Model, config.model, "model"), section(Data, config.data, "data")
-    if chosen.kind == "ett":
-        series = ett.load(chosen.series, data)
-    elif chosen.kind == "waves":
-        series = waves(3000, 3, config.seed)
-    else:
-        raise ConfigError(f"data.kind {chosen.kind!r}: one of ett, waves")
-    if settings.lookback < 2 * DAY:
-        raise ConfigError(f"model.lookback {settings.lookback}: at least {2 * DAY}")
-    model = Forecaster(Dims(series.values.shape[1], settings.lookback, settings.horizon, settings.hidden, settings.dropout))
-    train = series.values[: series.train].astype(np.float64)
-    model.centre.copy_(torch.from_numpy(train.mean(0)))
-    model.scale.copy_(torch.from_numpy(train.std(0)))
+    season = settings.season
+    if season < 3 or season % 3 or (season // 3).bit_count() != 1:
+        raise ConfigError(f"model.season {season}: three times a power of two, such as 12 or 24")
+    if settings.lookback < 2 * season:
+        raise ConfigError(f"model.lookback {settings.lookback}: at least two seasons, {2 * season}")
+    series = load(chosen.kind, chosen.series, data, config.seed)
+    model = Forecaster(Dims(channels=series.values.shape[1], **asdict(settings)))
+    centre, deviation = scale(series)
+    model.centre.copy_(centre)
+    model.scale.copy_(deviation)
     return ForecasterTraining(config, model, chosen, series, out)

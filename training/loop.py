@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from training import checkpoint, curves
+from training import checkpoint, curves, distributed
 from training.config import Config, ConfigError, Optimiser
 from training.data.batches import Batches
 
@@ -50,6 +50,7 @@ class Training(lightning.LightningModule):
         if config.run.average:
             decay = config.run.average
             self.averaged = AveragedModel(model, avg_fn=lambda mean, now, _: decay * mean + (1 - decay) * now)
+            self.averaged.requires_grad_(False)  # several processes would wait for its gradients
         self._fitted: nn.Module | None = None
         self._train_scores: dict[str, list[Tensor]] = {}
         self._epochs_done = 0
@@ -82,7 +83,8 @@ class Training(lightning.LightningModule):
         if isinstance(batches.sampler, Batches):
             # Lightning tells the epoch only after a resumed run has already taken its first batch.
             batches.sampler.set_epoch(self._epochs_done)
-        return batches
+        world = self.trainer.world_size
+        return distributed.dealt(batches, world, self.global_rank) if world > 1 else batches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epochs_done"] = self.current_epoch + 1  # only ever saved at an epoch's end
@@ -102,6 +104,8 @@ class Training(lightning.LightningModule):
         for name, value in {"loss": loss.detach(), **extra}.items():
             self._train_scores.setdefault(f"train_{name}", []).append(value)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
+        if self.config.optimiser.l1:
+            loss = loss + self.config.optimiser.l1 * sum(p.abs().sum() for p in self.model.parameters() if p.ndim >= 2)
         return loss
 
     def take_train_scores(self) -> dict[str, float]:
@@ -202,6 +206,7 @@ class _Keep(Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Training)
+        trained = distributed.mean(pl_module.take_train_scores())
         if not trainer.is_global_zero:
             return
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("validation_")}
@@ -210,7 +215,7 @@ class _Keep(Callback):
             "epoch": round(_epochs_done(trainer), 3),
             "seconds": round(self.seconds + time.monotonic() - self._since, 1),
             "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
-            **pl_module.take_train_scores(),
+            **trained,
             **found,
         }
         curves.append(self.out, row)
@@ -247,12 +252,17 @@ def fit(training: Training, out: Path, *, resume: bool, command: str, progress: 
     `out` receives config.toml, checkpoint.pt (the best weights), last.ckpt (to resume from), history.jsonl, curves.png.
     """
     config, run = training.config, training.config.run
+    if run.gradient_clip_by not in ("norm", "value"):
+        raise ConfigError(f"run.gradient_clip_by {run.gradient_clip_by!r}: one of norm, value")
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-    if not resume:
+    if not resume and distributed.first():
         (out / curves.FILE).unlink(missing_ok=True)
+        (out / LAST).unlink(missing_ok=True)  # or a restart before the first epoch's end would take up an earlier run's
+        distributed.begin(out)
     if run.threads:
         torch.set_num_threads(run.threads)
+    laid = distributed.layout(run)
     show = sys.stderr.isatty() if progress is None else progress
     callbacks: list[Callback] = [
         _Keep(out, command),
@@ -260,6 +270,8 @@ def fit(training: Training, out: Path, *, resume: bool, command: str, progress: 
         # At the end of an epoch and not in a validation, where averaged weights stand in for the fitted ones.
         ModelCheckpoint(out, "last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False),
     ]
+    if run.local_steps:
+        callbacks.insert(0, distributed.AverageFirst())
     if show:
         callbacks.append(TQDMProgressBar(refresh_rate=10))
     with warnings.catch_warnings():
@@ -270,14 +282,15 @@ def fit(training: Training, out: Path, *, resume: bool, command: str, progress: 
         logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         trainer = lightning.Trainer(
             accelerator=run.accelerator,
-            devices=run.devices,
-            num_nodes=run.num_nodes,
-            strategy=run.strategy,
+            devices=laid.devices,
+            num_nodes=laid.num_nodes,
+            strategy=laid.strategy,
+            use_distributed_sampler=False,  # training batches are dealt out above; each process validates on the whole set
             precision=run.precision,  # type: ignore[arg-type]  # Lightning lists its literals and checks them itself
             max_epochs=run.epochs,
             max_time=timedelta(minutes=run.max_minutes) if run.max_minutes else None,
             gradient_clip_val=run.gradient_clip or None,
-            gradient_clip_algorithm="norm",
+            gradient_clip_algorithm=run.gradient_clip_by,
             accumulate_grad_batches=run.accumulate,
             val_check_interval=run.validate_every if run.validate_every < 1 else None,
             check_val_every_n_epoch=max(1, round(run.validate_every)),
@@ -288,5 +301,7 @@ def fit(training: Training, out: Path, *, resume: bool, command: str, progress: 
             enable_model_summary=False,
         )
         trainer.fit(training, ckpt_path=str(out / LAST) if resume else None)
+    if not trainer.is_global_zero:
+        return {}
     summary: Mapping[str, Any] = json.loads((out / SCORES).read_text(encoding="utf-8"))
     return summary

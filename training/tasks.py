@@ -21,6 +21,10 @@ TASKS: Mapping[str, str] = {
     "sentiment": "training.sentiment",
     "translator": "training.translator",
     "forecaster": "training.forecaster",
+    "window_mlp": "training.window_mlp",
+    "charlm": "training.charlm",
+    "digits": "training.digits",
+    "tagger": "training.tagger",
 }
 
 

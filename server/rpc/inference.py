@@ -1,39 +1,60 @@
-"""inference.GRPCInferenceService: the Open Inference Protocol's core. Wire in, one call, wire out."""
+"""inference.GRPCInferenceService: calls by tensors and by texts. Wire in, one call, wire out."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import threading
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Listed
+from typing import Protocol
 
-from google.protobuf.message import DecodeError, Message
+import numpy as np
 
 from contract.bundle import Tensor
 from protos import inference_pb2 as pb
 from server import VERSION
 from server.catalog import Catalog, Model
-from server.errors import InvalidInput, NotFound, ServeError, listed
+from server.config import Config
+from server.engine import Engine
+from server.errors import InvalidInput, NotFound, ServeError
 from server.inputs import check
-from server.rpc import wire
-from server.rpc.answer import Answer, Asked, Desk, malformed
-from server.rpc.front import Call, Method, Receiver, stream
+from server.rpc import model_config, parameters, wire
+from server.rpc.answer import Answer, Asked, Desk
+from server.rpc.face import TEXT, Face
+from server.rpc.front import Method
+from server.rpc.parameters import SERVICE, Parameters
+from server.rpc.shared_memory import REGION, Place, Regions
+from server.rpc.tasks import MOST_LETTERS
 from server.sequence import Outputs, Sequence
 from server.shelf import Shelf
 from server.turns import Plan, Turns
 
-log = logging.getLogger(__name__)
+EXTENSIONS = (
+    "sequence", "sequence(string_id)", "model_repository", "schedule_policy", "model_configuration", "parameters", "statistics", "logging",
+)  # fmt: skip
 
-SERVICE = "inference.GRPCInferenceService"
-EXTENSIONS = ("sequence", "sequence(string_id)", "model_repository")
+Chosen = tuple[Listed[Tensor], Mapping[str, Place]]  # outputs, and where in shared memory some of them go
+_NOWHERE: Mapping[str, Place] = {}
+
+
+class Pieces(Protocol):
+    """Who asks for an answer in pieces: `last` says that no more will come."""
+
+    def send(self, response: pb.ModelInferResponse) -> None: ...
+
+    def last(self) -> None: ...
 
 
 class Inference:
-    def __init__(self, catalog: Catalog, shelf: Shelf, turns: Turns, ready: Callable[[], bool]) -> None:
+    def __init__(self, catalog: Catalog, shelf: Shelf, turns: Turns, ready: Callable[[], bool], regions: Regions, config: Config) -> None:
         self._catalog = catalog
         self._shelf = shelf
         self._turns = turns
         self._ready = ready
+        self._regions = regions
+        self._config = config
+        self._faces: dict[Engine, Face] = {}  # replaced, never changed: readers need no lock
+        self._extensions = (*EXTENSIONS, "system_shared_memory") if regions.allowed else EXTENSIONS
 
     def methods(self, desk: Desk) -> Mapping[str, Method]:
         return {
@@ -42,8 +63,8 @@ class Inference:
             f"/{SERVICE}/ModelReady": desk.unary(pb.ModelReadyRequest, self.model_ready),
             f"/{SERVICE}/ServerMetadata": desk.unary(pb.ServerMetadataRequest, self.server_metadata),
             f"/{SERVICE}/ModelMetadata": desk.unary(pb.ModelMetadataRequest, self.model_metadata),
-            f"/{SERVICE}/ModelInfer": desk.unary(pb.ModelInferRequest, self.infer),
-            f"/{SERVICE}/ModelStreamInfer": stream(lambda call: _Stream(self, call, Answer(desk, call, call.method))),
+            f"/{SERVICE}/ModelConfig": desk.unary(pb.ModelConfigRequest, self.model_config),
+            f"/{SERVICE}/ModelInfer": desk.unary(pb.ModelInferRequest, lambda r, answer: self.infer(r, parameters.read(r), answer)),
         }
 
     def server_ready(self, request: pb.ServerReadyRequest, answer: Answer) -> None:
@@ -58,54 +79,98 @@ class Inference:
             answer.done(pb.ModelReadyResponse(ready=self._ready()))
 
     def server_metadata(self, request: pb.ServerMetadataRequest, answer: Answer) -> None:
-        answer.done(pb.ServerMetadataResponse(name="seqserve", version=VERSION, extensions=EXTENSIONS))
+        answer.done(pb.ServerMetadataResponse(name=self._config.server_name, version=VERSION, extensions=self._extensions))
 
     def model_metadata(self, request: pb.ModelMetadataRequest, answer: Answer) -> None:
         model = self._catalog.find(request.name, request.version)
-        versions = [m.version for m in self._catalog.models() if m.name == model.name]
-        response = pb.ModelMetadataResponse(name=model.name, versions=versions, platform="onnxruntime_onnx")
-        for tensors, described in ((model.bundle.graph.data, response.inputs), (model.bundle.graph.outputs, response.outputs)):
-            for t in tensors:
-                described.add(name=t.name, datatype=wire.datatype(t), shape=wire.shape(t))
-        response.properties["task"] = model.bundle.kind
-        response.properties["fingerprint"] = model.bundle.fingerprint
-        answer.done(response)
+        answer.done(model_config.metadata(self._face(model), [m.version for m in self._catalog.models() if m.name == model.name]))
 
-    def infer(self, request: pb.ModelInferRequest, answer: Asked) -> None:
+    def model_config(self, request: pb.ModelConfigRequest, answer: Answer) -> None:
+        face = self._face(self._catalog.find(request.name, request.version))
+        answer.done(pb.ModelConfigResponse(config=model_config.config(face, self._config)))
+
+    def infer(self, request: pb.ModelInferRequest, given: Parameters, answer: Asked, pieces: Pieces | None = None) -> None:
+        """Answer one request; through `pieces`, where they are wanted and the model gives some."""
         model = self._catalog.find(request.model_name, request.model_version)
-        graph = model.bundle.graph
-        chosen = graph.outputs
-        if request.outputs:
-            known = {t.name: t for t in graph.outputs}
-            for output in request.outputs:
-                if output.name not in known:
-                    raise InvalidInput(
-                        "UNKNOWN_OUTPUT", f"output {output.name!r} is not one of the model's: {listed(known)}", tensor=output.name,
-                        expected=listed(known),
-                    )  # fmt: skip
-            chosen = tuple(known[output.name] for output in request.outputs)
-
-        if "sequence_id" in request.parameters:
-            self._step(request, model, chosen, answer)
+        face = self._faces.get(model.engine) or self._face(model)
+        chosen = face.chosen(request) if request.outputs else None
+        if given.sequence:
+            self._step(request, given, face, chosen, answer)
             return
+        inputs = wire.read_inputs(request, self._regions)
+        if face.texts is not None and TEXT.name in inputs:
+            self._texts(request, given, face, chosen, face.rows(inputs), answer, pieces)
+            return
+        more = face.texts.more if chosen is not None and face.texts is not None else None
+        wanted, places = chosen or (face.own, _NOWHERE)
 
         def then(sequence: Sequence, outputs: Outputs) -> None:
-            response = _response(request, model, chosen, outputs)
+            try:
+                response = self._response(request, given, model, wanted, places, outputs if more is None else more(outputs))
+            except ServeError as e:  # shared memory that the outputs don't fit
+                answer.fail(e)
+                return
             response.parameters["queue_us"].int64_param = int(sequence.queued * 1e6)
             response.parameters["run_us"].int64_param = int(sequence.run * 1e6)
             response.parameters["rounds"].int64_param = sequence.rounds
             answer.done(response)
 
-        sequence = model.tensors.start(wire.read_inputs(request), then, answer.fail, answer.deadline)
+        sequence = model.tensors.start(inputs, then, answer.fail, given.deadline(answer.deadline))
         answer.cancel_by(lambda: model.engine.cancel(sequence))
 
-    def _step(self, request: pb.ModelInferRequest, model: Model, chosen: tuple[Tensor, ...], answer: Asked) -> None:
+    def _texts(
+        self, request: pb.ModelInferRequest, given: Parameters, face: Face, chosen: Chosen | None, texts: list[str], answer: Asked,
+        pieces: Pieces | None,
+    ) -> None:  # fmt: skip
+        """A request that brings texts: each is a sequence of its own, so that none is padded to another's length."""
+        task, model = face.texts, face.model
+        assert task is not None
+        wanted, places = chosen or (task.outputs, _NOWHERE)
+        if apart := [t.name for t in wanted if t not in task.outputs]:
+            raise InvalidInput("TOKENS_ONLY", f"outputs {', '.join(apart)} are had by tensors only, not by TEXT", tensor=apart[0])
+        letters = sum(map(len, texts))
+        if letters > MOST_LETTERS:
+            message = f"{letters} letters in all; at most {MOST_LETTERS} are allowed in one call: send several"
+            raise InvalidInput("TOO_LONG", message, expected=f"1..{MOST_LETTERS}", got=letters)
+        deadline = given.deadline(answer.deadline)
+        streamed = pieces if task.streams and len(texts) == 1 else None
+
+        def said(outputs: Outputs) -> None:
+            assert streamed is not None
+            streamed.send(self._response(request, given, model, wanted, places, outputs))
+
+        if streamed is not None and places:
+            raise InvalidInput("PIECES_APART", "each piece would overwrite the one before: ask for outputs in the response itself")
+
+        def done(results: list[Outputs]) -> None:
+            if streamed is not None:
+                streamed.last()
+                return
+            together = {t.name: np.concatenate([outputs[t.name] for outputs in results]) for t in wanted}
+            try:
+                response = self._response(request, given, model, wanted, places, together)
+            except ServeError as e:
+                answer.fail(e)
+            else:
+                answer.done(response)
+
+        rows = _Rows(model.engine, len(texts), done, answer)
+        answer.cancel_by(rows.cancel)
+        try:
+            for i, text in enumerate(texts):
+                rows.begun(task.start(text, request, rows.put(i), rows.fail, said if streamed is not None else None, deadline))
+        except ServeError as e:
+            rows.fail(e)
+
+    def _step(self, request: pb.ModelInferRequest, given: Parameters, face: Face, chosen: Chosen | None, answer: Asked) -> None:
         """One request of a sequence, as the protocol's sequence extension has it: a turn of a session named by model and
-        sequence_id. The parameter `turn` numbers it; then it may be sent again, and a gap is refused."""
-        id = f"{model.name}/{_sequence_id(request)}"
-        start, end = _flag(request, "sequence_start"), _flag(request, "sequence_end")
-        turn = request.parameters["turn"].int64_param if "turn" in request.parameters else None
-        if start and not (turn == 1 and self._shelf.lives(id)):  # the first turn sent again is no new start
+        sequence_id. A start on an id that lives ends what it was and begins anew. The parameter `turn` numbers a request; then it
+        may be sent again, and a gap is refused."""
+        model, turn = face.model, given.turn
+        id = f"{model.name}/{given.sequence}"
+        if turn is not None and _shares(request):
+            raise InvalidInput("NOT_REPEATABLE", "a numbered request can be sent again, so it brings its bytes along: no shared memory")
+        if given.start and not (turn == 1 and self._shelf.lives(id)):  # the first turn sent again is no new start
             if self._shelf.lives(id):
                 self._turns.close(id)
             self._shelf.open(model.name, model.version, id)
@@ -114,128 +179,107 @@ class Inference:
             if isinstance(reply, ServeError):
                 answer.fail(reply)
                 return
-            answer.done_bytes(reply)
-            if end and self._shelf.lives(id):
-                self._turns.close(id)
+            try:
+                if given.end and self._shelf.lives(id):  # before the answer: after it, its caller may begin the id anew
+                    self._turns.close(id)
+            finally:
+                answer.done_bytes(reply)
 
         def brought(model: Model, rest: str) -> Plan:
-            inputs = wire.read_inputs(request)
-            return Plan(
-                lambda outputs: _response(request, model, chosen, outputs).SerializeToString(),
-                inputs=(inputs, check(model.bundle.graph, inputs, 1)),
-            )
+            inputs = wire.read_inputs(request, self._regions)
+            texts = face.texts
+            if texts is not None and TEXT.name in inputs:
+                rows = face.rows(inputs)
+                if len(rows) > 1:
+                    raise InvalidInput("BAD_ROWS", f"{len(rows)} texts in one request of a sequence; send one", expected=1, got=len(rows))
+                seen, apart = chosen or (texts.outputs, _NOWHERE)
+                return texts.turn(rows[0], rest, lambda o: self._response(request, given, model, seen, apart, o).SerializeToString())
+            more = texts.more if chosen is not None and texts is not None else None
+            wanted, places = chosen or (face.own, _NOWHERE)
 
-        unnamed = pb.ModelInferRequest()
-        unnamed.CopyFrom(request)
-        unnamed.ClearField("id")  # a request sent again may be given another id; the reply has the first one's
-        digest = hashlib.blake2b(unnamed.SerializeToString(deterministic=True), digest_size=16, person=b"infer").digest()
-        self._turns.turn(id, turn, digest, brought, None, told)
+            def reply(outputs: Outputs) -> bytes:
+                known = outputs if more is None else more(outputs)
+                return self._response(request, given, model, wanted, places, known).SerializeToString()
+
+            return Plan(reply, inputs=(inputs, check(model.bundle.graph, inputs, 1)))
+
+        self._turns.turn(id, turn, b"" if turn is None else _digest(request), brought, None, told)
+
+    def _response(
+        self, request: pb.ModelInferRequest, given: Parameters, model: Model, wanted: Listed[Tensor], places: Mapping[str, Place],
+        outputs: Outputs,
+    ) -> pb.ModelInferResponse:  # fmt: skip
+        response = pb.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
+        if given.sequence:
+            response.parameters["sequence_id"].CopyFrom(request.parameters["sequence_id"])
+        if places:
+            wire.share_outputs(response, wanted, outputs, places, self._regions)
+        else:
+            wire.write_outputs(response, wanted, outputs)
+        return response
+
+    def _face(self, model: Model) -> Face:
+        face = self._faces.get(model.engine)
+        if face is None:
+            face = Face(model)
+            live = {m.engine for m in self._catalog.models()}
+            self._faces = {**{engine: f for engine, f in self._faces.items() if engine in live}, model.engine: face}
+        return face
 
 
-class _Stream(Receiver):
-    """One ModelStreamInfer: requests in, responses and errors out."""
+class _Rows:
+    """The sequences of one request's texts: one answer when the last is done, one error for the first that fails."""
 
-    def __init__(self, inference: Inference, call: Call, answer: Answer) -> None:
-        self.call = call
-        self._inference = inference
+    def __init__(self, engine: Engine, count: int, done: Callable[[list[Outputs]], None], answer: Asked) -> None:
+        self._engine = engine
+        self._done = done
         self._answer = answer
-        self._lock = threading.Lock()
-        self._asked: set[_InStream] = set()  # requests not yet answered; workers and the front's thread come and go
-        self._ended = False
-        answer.cancel_by(self._gone)
+        self._lock = threading.Lock()  # results come from several workers
+        self._results: list[Outputs] = [{}] * count
+        self._missing = count
+        self._over = False
+        self._sequences: list[Sequence] = []
 
-    def on_message(self, message: bytes) -> None:
-        try:
-            request = pb.ModelInferRequest.FromString(message)
-        except DecodeError:
-            self.send(pb.ModelStreamInferResponse(error_message=malformed(pb.ModelInferRequest).message))
-            return
-        asked = _InStream(self, request)
+    def begun(self, sequence: Sequence) -> None:
         with self._lock:
-            self._asked.add(asked)
-        try:
-            self._inference.infer(request, asked)
-        except Exception as e:  # one request's fault must not end the stream
-            asked.fail(e)
-
-    def on_end(self) -> None:
-        with self._lock:
-            self._ended = True
-            over = not self._asked
+            self._sequences.append(sequence)
+            over = self._over
         if over:
-            self._answer.done()
+            self._engine.cancel(sequence)
 
-    def send(self, response: pb.ModelStreamInferResponse, asked: _InStream | None = None) -> None:
-        """One response more; with the last one that is due, the stream ends."""
-        self.call.reply(response.SerializeToString())
+    def put(self, at: int) -> Callable[[Sequence, Outputs], None]:
+        def then(sequence: Sequence, outputs: Outputs) -> None:
+            with self._lock:
+                self._results[at] = outputs
+                self._missing -= 1
+                complete = self._missing == 0 and not self._over
+            if complete:
+                self._done(self._results)
+
+        return then
+
+    def fail(self, error: ServeError) -> None:
         with self._lock:
-            if asked is None or asked not in self._asked:
-                return
-            self._asked.remove(asked)
-            over = self._ended and not self._asked
-        if over:
-            self._answer.done()
+            first, self._over = not self._over, True
+        if first:
+            self.cancel()
+            self._answer.fail(error)
 
-    def _gone(self) -> None:
+    def cancel(self) -> None:
         with self._lock:
-            asked, self._asked = self._asked, set()
-        for a in asked:
-            a.cancel()
+            self._over = True
+            begun = list(self._sequences)
+        for sequence in begun:
+            self._engine.cancel(sequence)
 
 
-class _InStream:
-    """One request of a stream, to be answered once. Satisfies Asked."""
-
-    def __init__(self, of: _Stream, request: pb.ModelInferRequest) -> None:
-        self._of = of
-        self._id = request.id
-        self._mark_final = _flag(request, "triton_enable_empty_final_response")
-        self.cancel: Callable[[], None] = lambda: None
-
-    @property
-    def deadline(self) -> float | None:
-        return self._of.call.deadline
-
-    def cancel_by(self, cancel: Callable[[], None]) -> None:
-        self.cancel = cancel
-
-    def done(self, message: Message) -> None:
-        assert isinstance(message, pb.ModelInferResponse)
-        if self._mark_final:
-            message.parameters["triton_final_response"].bool_param = True
-        self._of.send(pb.ModelStreamInferResponse(infer_response=message), self)
-
-    def done_bytes(self, message: bytes) -> None:
-        self.done(pb.ModelInferResponse.FromString(message))
-
-    def fail(self, error: Exception) -> None:
-        if not isinstance(error, ServeError):
-            log.exception("a request of a stream failed", exc_info=error)
-        message = (
-            error.message if isinstance(error, ServeError) else "the server failed while it handled this request; its log has the reason"
-        )
-        response = pb.ModelStreamInferResponse(error_message=message)
-        response.infer_response.id = self._id
-        self._of.send(response, self)
+def _shares(request: pb.ModelInferRequest) -> bool:
+    return any(REGION in t.parameters for tensors in (request.inputs, request.outputs) for t in tensors)
 
 
-def _response(request: pb.ModelInferRequest, model: Model, chosen: tuple[Tensor, ...], outputs: Outputs) -> pb.ModelInferResponse:
-    response = pb.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
-    if "sequence_id" in request.parameters:
-        response.parameters["sequence_id"].CopyFrom(request.parameters["sequence_id"])
-    wire.write_outputs(response, ((t, outputs[t.name]) for t in chosen))
-    return response
-
-
-def _flag(request: pb.ModelInferRequest, name: str) -> bool:
-    return name in request.parameters and request.parameters[name].bool_param
-
-
-def _sequence_id(request: pb.ModelInferRequest) -> str:
-    """The id of a sequence, a number above 0 or a text. Raises InvalidInput."""
-    given = request.parameters["sequence_id"]
-    kind = given.WhichOneof("parameter_choice")
-    id = str(getattr(given, kind)) if kind in ("int64_param", "uint64_param", "string_param") else ""
-    if id in ("", "0"):
-        raise InvalidInput("BAD_SEQUENCE_ID", "sequence_id must be a number above 0 or a text", got=id or str(kind))
-    return id
+def _digest(request: pb.ModelInferRequest) -> bytes:
+    """What a request brings; sent again it may be given another id, the reply has the first one's."""
+    unnamed = pb.ModelInferRequest()
+    unnamed.CopyFrom(request)
+    unnamed.ClearField("id")
+    return hashlib.blake2b(unnamed.SerializeToString(deterministic=True), digest_size=16, person=b"infer").digest()

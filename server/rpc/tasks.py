@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -15,15 +15,19 @@ from server.errors import InvalidInput, NotFound, ServeError, listed
 from server.inputs import Array
 from server.rpc.answer import Answer, Desk
 from server.rpc.front import Method
+from server.rpc.generation import read_wishes, write_generated, write_piece
 from server.sequence import Sequence
 from server.tasks.classify import Classified, Classifier
 from server.tasks.forecast import Forecasted, Forecaster
+from server.tasks.generate import Drawn, Generated, Generator
+from server.tasks.tag import Tagged, Tagger
 from server.tasks.translate import Said, Translated, Translator, Wanted
 
 SERVICE = "seqserve.v1.Tasks"
 MOST_TEXTS = 256
 MOST_LETTERS = 500_000  # of one call: vocabularies read some 3 million letters a second, and others wait meanwhile
-T = TypeVar("T", Classifier, Translator, Forecaster)
+T = TypeVar("T", Classifier, Translator, Forecaster, Tagger, Generator)
+R = TypeVar("R")
 
 
 class Tasks:
@@ -37,20 +41,17 @@ class Tasks:
             f"/{SERVICE}/Translate": desk.unary(pb.TranslateRequest, self.translate),
             f"/{SERVICE}/TranslateStream": desk.server_stream(pb.TranslateRequest, self.translate_stream),
             f"/{SERVICE}/Forecast": desk.unary(pb.ForecastRequest, self.forecast),
+            f"/{SERVICE}/Tag": desk.unary(pb.TagRequest, self.tag),
+            f"/{SERVICE}/Generate": desk.unary(pb.GenerateRequest, self.generate),
+            f"/{SERVICE}/GenerateStream": desk.server_stream(pb.GenerateRequest, self.generate_stream),
             f"/{SERVICE}/Models": desk.unary(pb.ModelsRequest, self.models),
         }
 
     def classify(self, request: pb.ClassifyRequest, answer: Answer) -> None:
         model, task = self._model("classify", request.model, Classifier)
         texts = list(request.texts)
-        if not 1 <= len(texts) <= MOST_TEXTS:
-            message = f"{len(texts)} texts; allowed are 1 to {MOST_TEXTS} in one call"
-            raise InvalidInput("BAD_COUNT", message, expected=f"1..{MOST_TEXTS}", got=len(texts))
-        letters = sum(map(len, texts))
-        if letters > MOST_LETTERS:
-            message = f"{letters} letters in all; at most {MOST_LETTERS} are allowed in one call: send several"
-            raise InvalidInput("TOO_LONG", message, expected=f"1..{MOST_LETTERS}", got=letters)
-        together = _Together(model.engine, len(texts), answer)
+        _check_many(len(texts), sum(map(len, texts)))
+        together: _Together[Classified] = _Together(model.engine, len(texts), answer)
 
         def then(at: int) -> Callable[[Sequence, Classified], None]:
             def classified(sequence: Sequence, result: Classified) -> None:
@@ -105,6 +106,49 @@ class Tasks:
         sequence = task.start(observations, request.horizon, request.quantiles, then, answer.fail, answer.deadline)
         answer.cancel_by(lambda: model.engine.cancel(sequence))
 
+    def tag(self, request: pb.TagRequest, answer: Answer) -> None:
+        model, task = self._model("tag", request.model, Tagger)
+        given = [_words_or_text(f"inputs[{i}]", one) for i, one in enumerate(request.inputs)]
+        _check_many(len(given), sum(len(g) if isinstance(g, str) else sum(map(len, g)) for g in given))
+        together: _Together[Tagged] = _Together(model.engine, len(given), answer)
+
+        def then(at: int) -> Callable[[Sequence, Tagged], None]:
+            def tagged(sequence: Sequence, result: Tagged) -> None:
+                if together.put(at, sequence, result):
+                    found = map(_tagging, together.results)
+                    answer.done(pb.TagReply(model=_name(model), results=found, timing=_timing(together.sequences)))
+
+            return tagged
+
+        answer.cancel_by(together.cancel)
+        try:
+            for i, one in enumerate(given):
+                together.started(task.start(one, then(i), together.fail, answer.deadline))
+        except ServeError as e:
+            together.fail(e)
+
+    def generate(self, request: pb.GenerateRequest, answer: Answer) -> None:
+        model, task = self._model("generate", request.model, Generator)
+
+        def then(sequence: Sequence, result: Generated) -> None:
+            answer.done(_generated(model, sequence, result))
+
+        sequence = task.start(request.text, read_wishes(request), then, answer.fail, None, answer.deadline)
+        answer.cancel_by(lambda: model.engine.cancel(sequence))
+
+    def generate_stream(self, request: pb.GenerateRequest, answer: Answer) -> None:
+        model, task = self._model("generate", request.model, Generator)
+
+        def drawn(symbol: Drawn) -> None:
+            answer.send(write_piece(symbol))
+
+        def then(sequence: Sequence, result: Generated) -> None:
+            answer.send(pb.GeneratePiece(done=_generated(model, sequence, result)))
+            answer.done()
+
+        sequence = task.start(request.text, read_wishes(request), then, answer.fail, drawn, answer.deadline)
+        answer.cancel_by(lambda: model.engine.cancel(sequence))
+
     def models(self, request: pb.ModelsRequest, answer: Answer) -> None:
         reply = pb.ModelsReply()
         for m in self._catalog.models():
@@ -151,7 +195,7 @@ class Tasks:
         raise InvalidInput("UNKNOWN_LANGUAGES", f"no translation {wish} here; there are: {pairs}", got=wish, known=pairs)
 
 
-class _Together:
+class _Together(Generic[R]):
     """Several sequences of one call: one reply when the last is done, one error for the first that fails."""
 
     def __init__(self, engine: Engine, count: int, answer: Answer) -> None:
@@ -161,11 +205,11 @@ class _Together:
         self._missing = count
         self._over = False
         self._begun: list[Sequence] = []
-        self._results: list[Classified | None] = [None] * count
+        self._results: list[R | None] = [None] * count
         self.sequences: list[Sequence] = []
 
     @property
-    def results(self) -> list[Classified]:
+    def results(self) -> list[R]:
         return [r for r in self._results if r is not None]
 
     def started(self, sequence: Sequence) -> None:
@@ -175,7 +219,7 @@ class _Together:
         if over:
             self._engine.cancel(sequence)
 
-    def put(self, at: int, sequence: Sequence, result: Classified) -> bool:
+    def put(self, at: int, sequence: Sequence, result: R) -> bool:
         """True for the one result that completes the call."""
         with self._lock:
             self._results[at] = result
@@ -196,6 +240,31 @@ class _Together:
             begun = list(self._begun)
         for sequence in begun:
             self._engine.cancel(sequence)
+
+
+def _check_many(count: int, letters: int) -> None:
+    """Raise InvalidInput where a call has too many texts, or too long ones."""
+    if not 1 <= count <= MOST_TEXTS:
+        message = f"{count} texts; allowed are 1 to {MOST_TEXTS} in one call"
+        raise InvalidInput("BAD_COUNT", message, expected=f"1..{MOST_TEXTS}", got=count)
+    if letters > MOST_LETTERS:
+        message = f"{letters} letters in all; at most {MOST_LETTERS} are allowed in one call: send several"
+        raise InvalidInput("TOO_LONG", message, expected=f"1..{MOST_LETTERS}", got=letters)
+
+
+def _words_or_text(where: str, given: pb.TagInput) -> str | list[str]:
+    if given.text and given.words:
+        message = f"{where} has a text and words; send either, the words being the text's own"
+        raise InvalidInput("TEXT_AND_WORDS", message, input=where)
+    return list(given.words) or given.text
+
+
+def _tagging(result: Tagged) -> pb.Tagging:
+    found = (
+        pb.Span(label=s.label, text=s.text, start=s.start, end=s.end, first_word=s.first, end_word=s.last, score=s.score)
+        for s in result.spans
+    )
+    return pb.Tagging(spans=found, words=result.words)
 
 
 def _name(model: Model) -> pb.Model:
@@ -222,6 +291,13 @@ def _translation(model: Model, sequence: Sequence, result: Translated) -> pb.Tra
         model=_name(model), text=result.text, tokens=map(_token, result.tokens), score=result.score,
         source_tokens=result.source_tokens, ended=result.ended, timing=_timing([sequence]),
     )  # fmt: skip
+
+
+def _generated(model: Model, sequence: Sequence, result: Generated) -> pb.GenerateReply:
+    reply = write_generated(result)
+    reply.model.CopyFrom(_name(model))
+    reply.timing.CopyFrom(_timing([sequence]))
+    return reply
 
 
 def write_classification(labels: tuple[str, ...], c: Classified) -> pb.Classification:
@@ -256,6 +332,10 @@ def _facts(model: Model) -> dict[str, str]:
         return {"labels": ",".join(task.labels)}
     if isinstance(task, Translator):
         return {"languages": f"{task.source}-{task.target}", "beam": str(task.beam)}
+    if isinstance(task, Tagger):
+        return {"labels": ",".join(task.labels)}
+    if isinstance(task, Generator):
+        return {"symbols": str(task.vocabulary.size), "longest": str(task.most)}
     if isinstance(task, Forecaster):
         quantiles = ",".join(f"{q:g}" for q in task.quantiles)
         return {"channels": ",".join(task.channels), "horizon": str(task.horizon), "lookback": str(task.lookback), "quantiles": quantiles}

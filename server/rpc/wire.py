@@ -1,9 +1,13 @@
-"""Open Inference Protocol tensors ↔ numpy. The only reader of tensor fields."""
+"""Open Inference Protocol tensors ↔ numpy. The only reader of tensor fields.
+
+BYTES are texts here: UTF-8, an array of str. On the wire each is its length, four bytes little-endian, and itself.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +15,7 @@ import numpy as np
 from contract.bundle import Tensor
 from protos import inference_pb2 as pb
 from server.errors import InvalidInput, listed
+from server.rpc.shared_memory import REGION, Place, Regions, place
 
 Array = np.ndarray[Any, Any]
 
@@ -18,8 +23,9 @@ DATATYPES = {
     "BOOL": "bool", "INT8": "int8", "INT16": "int16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8", "UINT16": "uint16",
     "UINT32": "uint32", "UINT64": "uint64", "FP16": "float16", "FP32": "float32", "FP64": "float64",
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+_NAMES = {**{dtype: name for name, dtype in DATATYPES.items()}, "string": "BYTES"}
 _NUMPY = {name: np.dtype(dtype).newbyteorder("<") for name, dtype in DATATYPES.items()}
+_TAKEN = (*DATATYPES, "BF16", "BYTES")
 _TYPED = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents", "INT64": "int64_contents",
     "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents", "UINT64": "uint64_contents",
@@ -36,65 +42,147 @@ def datatype(tensor: Tensor) -> str:
     return _NAMES[tensor.dtype]
 
 
-def read_inputs(request: pb.ModelInferRequest) -> dict[str, Array]:
+def read_inputs(request: pb.ModelInferRequest, regions: Regions) -> dict[str, Array]:
     """A request's tensors by name, raw ones without copying. Raises InvalidInput where bytes, shape and type disagree."""
     raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
-        raise InvalidInput(
-            "WRONG_RAW_COUNT", f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs; send one each",
-            expected=len(request.inputs), got=len(raw),
-        )  # fmt: skip
     arrays: dict[str, Array] = {}
-    for i, tensor in enumerate(request.inputs):
-        if tensor.name in arrays:
-            raise InvalidInput("REPEATED_INPUT", f"input {tensor.name!r} is there twice; send it once", tensor=tensor.name)
-        arrays[tensor.name] = _read(tensor, raw[i] if raw else None)
+    taken = 0
+    for tensor in request.inputs:
+        name = tensor.name
+        if name in arrays:
+            raise InvalidInput("REPEATED_INPUT", f"input {name!r} is there twice; send it once", tensor=name)
+        if tensor.parameters and REGION in tensor.parameters:
+            arrays[name] = read(name, tensor.datatype, tensor.shape, regions.read(place(name, tensor.parameters)))
+        elif not raw:
+            arrays[name] = _typed(tensor)
+        elif tensor.HasField("contents"):
+            raise InvalidInput("TWO_CONTENTS", f"input {name!r} has both raw and typed contents; send one of them", tensor=name)
+        elif taken < len(raw):
+            arrays[name] = read(name, tensor.datatype, tensor.shape, raw[taken])
+            taken += 1
+        else:
+            taken += 1
+    if raw and taken != len(raw):
+        message = f"raw_input_contents has {len(raw)} entries for {taken} inputs; send one each, none for those in shared memory"
+        raise InvalidInput("WRONG_RAW_COUNT", message, expected=taken, got=len(raw))
     return arrays
 
 
 def read(name: str, kind: str, shape: Sequence[int], raw: bytes) -> Array:
-    """A raw tensor, without copying. Raises InvalidInput where bytes, shape and type disagree."""
-    dims, dtype, count = _form(name, kind, shape)
-    expected = count * dtype.itemsize
-    if len(raw) != expected:
-        message = f"input {name!r}: {kind} {dims} takes {expected} raw bytes, got {len(raw)}"
-        raise InvalidInput("WRONG_SIZE", message, tensor=name, expected=expected, got=len(raw))
+    """A raw tensor, numbers without copying. Raises InvalidInput where bytes, shape and type disagree."""
+    dtype = _NUMPY.get(kind)
+    if dtype is None:
+        return _texts(name, shape, raw) if kind == "BYTES" else _widened(name, kind, shape, raw)
+    dims, count = _form(name, shape)
+    if len(raw) != count * dtype.itemsize:
+        raise _wrong_size(name, kind, dims, count * dtype.itemsize, len(raw))
     return np.frombuffer(raw, dtype).reshape(dims)
 
 
-def _read(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> Array:
+def _texts(name: str, shape: Sequence[int], raw: bytes) -> Array:
+    dims, count = _form(name, shape)
+    if 4 * count > len(raw):
+        raise _wrong_size(name, "BYTES", dims, f"{4 * count} or more", len(raw))
+    texts: list[bytes] = []
+    at = 0
+    while at < len(raw) and len(texts) < count:
+        end = at + 4 + int.from_bytes(raw[at : at + 4], "little")
+        if at + 4 > len(raw) or end > len(raw):
+            message = f"input {name!r}: text {len(texts)} ends after the tensor; each is its length, 4 bytes little-endian, and itself"
+            raise InvalidInput("WRONG_SIZE", message, tensor=name, got=len(raw))
+        texts.append(raw[at + 4 : end])
+        at = end
+    if len(texts) != count or at != len(raw):
+        message = f"input {name!r}: BYTES {dims} are {count} texts, got {len(texts)} in {at} of {len(raw)} bytes"
+        raise InvalidInput("WRONG_SIZE", message, tensor=name, expected=count, got=len(texts))
+    return _decoded(name, texts, dims)
+
+
+def _decoded(name: str, texts: Iterable[bytes], dims: list[int]) -> Array:
+    array = np.empty(math.prod(dims), object)
+    try:
+        for i, text in enumerate(texts):
+            array[i] = text.decode()
+    except UnicodeDecodeError as e:
+        raise InvalidInput("NOT_UTF8", f"input {name!r}: a text is not UTF-8 ({e.reason}); send UTF-8", tensor=name) from None
+    return array.reshape(dims)
+
+
+def _widened(name: str, kind: str, shape: Sequence[int], raw: bytes) -> Array:
+    """BF16, which numpy has not, as the FP32 that it is the upper half of."""
+    if kind != "BF16":
+        raise _unknown(name, kind)
+    dims, count = _form(name, shape)
+    if len(raw) != 2 * count:
+        raise _wrong_size(name, kind, dims, 2 * count, len(raw))
+    return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").reshape(dims)
+
+
+def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> Array:
     name, kind = tensor.name, tensor.datatype
-    if raw is not None:
-        if tensor.HasField("contents"):
-            raise InvalidInput("TWO_CONTENTS", f"input {name!r} has both raw and typed contents; send one of them", tensor=name)
-        return read(name, kind, tensor.shape, raw)
-    dims, dtype, count = _form(name, kind, tensor.shape)
     if kind not in _TYPED:
+        if kind not in _TAKEN:
+            raise _unknown(name, kind)
         raise InvalidInput("RAW_ONLY", f"input {name!r}: {kind} travels in raw_input_contents only", tensor=name)
+    dims, count = _form(name, tensor.shape)
     values = getattr(tensor.contents, _TYPED[kind])
     if len(values) != count:
         message = f"input {name!r}: shape {dims} takes {count} values in {_TYPED[kind]}, got {len(values)}"
         raise InvalidInput("WRONG_SIZE", message, tensor=name, expected=count, got=len(values))
+    if kind == "BYTES":
+        return _decoded(name, values, dims)
     try:
-        return np.array(values, dtype).reshape(dims)
+        return np.array(values, _NUMPY[kind]).reshape(dims)
     except OverflowError:
         raise InvalidInput("OUT_OF_RANGE", f"input {name!r}: a value does not fit {kind}", tensor=name, expected=kind) from None
 
 
-def _form(name: str, kind: str, shape: Sequence[int]) -> tuple[list[int], np.dtype[Any], int]:
-    """A tensor's lengths, numpy type and count of values."""
+def _form(name: str, shape: Sequence[int]) -> tuple[list[int], int]:
+    """A tensor's lengths and count of values."""
     dims = list(shape)
-    if kind not in DATATYPES:
-        allowed = listed(DATATYPES)
-        message = f"input {name!r}: datatype {kind!r}; allowed are {allowed}"
-        raise InvalidInput("WRONG_DTYPE", message, tensor=name, expected=allowed, got=kind)
     if dims and min(dims) < 0:
         raise InvalidInput("WRONG_SHAPE", f"input {name!r}: shape {dims} has a negative length", tensor=name, got=dims)
-    return dims, _NUMPY[kind], math.prod(dims)
+    return dims, math.prod(dims)
 
 
-def write_outputs(response: pb.ModelInferResponse, outputs: Iterable[tuple[Tensor, Array]]) -> None:
+def _unknown(name: str, kind: str) -> InvalidInput:
+    allowed = listed(_TAKEN)
+    return InvalidInput("WRONG_DTYPE", f"input {name!r}: datatype {kind!r}; allowed are {allowed}", tensor=name, expected=allowed, got=kind)
+
+
+def _wrong_size(name: str, kind: str, dims: list[int], expected: int | str, got: int) -> InvalidInput:
+    message = f"input {name!r}: {kind} {dims} takes {expected} raw bytes, got {got}"
+    return InvalidInput("WRONG_SIZE", message, tensor=name, expected=expected, got=got)
+
+
+def raw(array: Array) -> bytes:
+    """A tensor's bytes as they travel."""
+    if array.dtype != object:
+        return array.tobytes()
+    texts = [text.encode() for text in array.ravel()]
+    return b"".join(part for text in texts for part in (struct.pack("<I", len(text)), text))
+
+
+def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Mapping[str, Array]) -> None:
     """Add outputs to a response, raw."""
-    for tensor, array in outputs:
-        response.outputs.add(name=tensor.name, datatype=_NAMES[tensor.dtype], shape=array.shape)
-        response.raw_output_contents.append(array.tobytes())
+    add, append = response.outputs.add, response.raw_output_contents.append
+    for tensor in wanted:
+        array = outputs[tensor.name]
+        add(name=tensor.name, datatype=_NAMES[tensor.dtype], shape=array.shape)
+        append(raw(array))
+
+
+def share_outputs(
+    response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Mapping[str, Array], places: Mapping[str, Place], regions: Regions
+) -> None:
+    """The same, where some outputs go to shared memory: those say where they are, and their bytes are empty. Raises InvalidInput
+    where one does not fit its place."""
+    for tensor in wanted:
+        array = outputs[tensor.name]
+        output = response.outputs.add(name=tensor.name, datatype=_NAMES[tensor.dtype], shape=array.shape)
+        where, data = places.get(tensor.name), raw(array)
+        if where is not None:
+            regions.write(where, data)
+            where.tell(output.parameters, len(data))
+            data = b""
+        response.raw_output_contents.append(data)

@@ -49,13 +49,8 @@ class Classifier:
         self, text: str, then: Callable[[Sequence, Classified], None], failed: Callable[[ServeError], None], deadline: float | None = None
     ) -> Sequence:
         """Queue one text. Raises InvalidInput where it has no words, or more tokens than the model reads."""
-        check_letters(text)
-        ids = self._vocabulary.encode(text)
-        count, most = len(ids), self._graph.max_time
-        if not count:
-            raise InvalidInput("EMPTY_TEXT", "the text has no words; send at least one", got=repr(text[:40]))
-        if count > most:
-            raise InvalidInput("TOO_LONG", f"the text has {count} tokens; at most {most} are allowed", expected=f"1..{most}", got=count)
+        ids = self.ids(text)
+        count = len(ids)
 
         def answer(sequence: Sequence, outputs: Outputs) -> None:
             then(sequence, self.result(outputs, count))
@@ -63,6 +58,17 @@ class Classifier:
         sequence = Sequence(self._engine.bundle.main, {"tokens": ids[None]}, Sizes(1, count), answer, failed)
         self._engine.submit(sequence, deadline)
         return sequence
+
+    def ids(self, text: str) -> Array:
+        """A whole text's tokens, int64 [time]; raises as `start`."""
+        check_letters(text)
+        ids = self._vocabulary.encode(text)
+        count, most = len(ids), self._graph.max_time
+        if not count:
+            raise InvalidInput("EMPTY_TEXT", "the text has no words; send at least one", got=repr(text[:40]))
+        if count > most:
+            raise InvalidInput("TOO_LONG", f"the text has {count} tokens; at most {most} are allowed", expected=f"1..{most}", got=count)
+        return ids
 
     def result(self, outputs: Outputs, tokens: int) -> Classified:
         return Classified(tuple(outputs["probabilities"][0].tolist()), tokens)

@@ -16,7 +16,7 @@ class Tensors:
 
     def __init__(self, engine: Engine, most_rows: int) -> None:
         self._engine = engine
-        self._most_rows = most_rows
+        self.most_rows = most_rows  # of one request; a repository's caller may set another while the model serves
         self.graph = engine.bundle.graph
 
     def start(
@@ -29,7 +29,7 @@ class Tensors:
                 "TASK_ONLY", f"model {self._engine.name!r} lays rows of different lengths end to end; call it by its task, "
                 f"{self._engine.bundle.kind!r}", model=self._engine.name,
             )  # fmt: skip
-        sizes = check(self.graph, inputs, self._most_rows)
+        sizes = check(self.graph, inputs, self.most_rows)
         sequence = Sequence(self._engine.bundle.main, inputs, sizes, then, failed)
         self._engine.submit(sequence, deadline)
         return sequence

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import time
@@ -24,6 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from contract.chain import labelled
+from contract.text import Vocabulary
 from seqserve import Client
 from server.catalog import Catalog
 from server.engine import Workers
@@ -32,13 +35,16 @@ from server.metrics import Metrics
 from server.rounds import Limits
 from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
+from server.tasks.tag import Tagger
 from server.tasks.translate import Translator, Wanted
 from tests.process import ROOT, serve
-from training.data import ett, imdb, multi30k
+from training import charlm
+from training.data import ett, imdb, mnist, multi30k, shakespeare, wnut17
 
 A = TypeVar("A")
 B = TypeVar("B")
 IN_FLIGHT = 256
+LOW_F1 = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,16 @@ class Offline:
         task = self._task("forecast", Forecaster)
         return _later(lambda then, failed: task.start(observations, 0, (), then, failed), lambda f: (f.mean, dict(f.quantiles)))
 
+    def spans(self, given: str | Sequence[str]) -> Future[list[tuple[int, int, str]]]:
+        """Of a text in characters, of words in words."""
+        task = self._task("tag", Tagger)
+        ends = ("start", "end") if isinstance(given, str) else ("first", "last")
+        return _later(lambda then, failed: task.start(given, then, failed), lambda t: _ends(t.spans, *ends))
+
+    def tensor(self, model: str, inputs: dict[str, Any], output: str) -> Future[np.ndarray[Any, Any]]:
+        tensors = self._catalog.find(model).tensors
+        return _later(lambda then, failed: tensors.start(inputs, then, failed), lambda outputs: outputs[output])
+
     def _task(self, kind: str, form: type[A]) -> A:
         task = self._catalog.newest(kind)[0].task
         assert isinstance(task, form)
@@ -107,6 +123,18 @@ class Online:
             return f.mean, dict(f.quantiles)
 
         return self._pool.submit(ask)
+
+    def spans(self, given: str | Sequence[str]) -> Future[list[tuple[int, int, str]]]:
+        if isinstance(given, str):
+            return self._pool.submit(lambda: _ends(self._client.tag(given).spans, "start", "end"))
+        return self._pool.submit(lambda: _ends(self._client.tag([list(given)])[0].spans, "first_word", "end_word"))
+
+    def tensor(self, model: str, inputs: dict[str, Any], output: str) -> Future[np.ndarray[Any, Any]]:
+        return self._pool.submit(lambda: self._client.infer(model, inputs, [output])[output])
+
+
+def _ends(spans: Sequence[Any], start: str, end: str) -> list[tuple[int, int, str]]:
+    return [(getattr(s, start), getattr(s, end), s.label) for s in spans]
 
 
 def _later(start: Callable[[Callable[[Any, Any], None], Callable[[ServeError], None]], object], pick: Callable[[Any], A]) -> Future[A]:
@@ -194,7 +222,62 @@ def forecaster(asker: Offline | Online, asked: Asked, data: Path) -> Iterator[Fi
     yield Figure("forecaster", what, "80 % interval covers %", 100 * inside / n, low=75, high=85)
 
 
-MODELS = {"sentiment": sentiment, "translator": translator, "forecaster": forecaster}
+def generator(asker: Offline | Online, asked: Asked, data: Path) -> Iterator[Figure]:
+    """Nats a character: the test text in a few stretches, each read from its beginning, all 111,540 characters foretold."""
+    directory = next((ROOT / "models" / "shakespeare").iterdir())
+    vocabulary = Vocabulary.load(directory / charlm.VOCABULARY)
+    stretches = shakespeare.stretches(shakespeare.load(data).test, charlm.LONGEST)
+    ids = [vocabulary.encode(stretch) for stretch in stretches]
+    given = [np.concatenate([[charlm.START_ID], i[:-1]])[None] for i in ids]
+    logits = asked.all("shakespeare", given, lambda tokens: asker.tensor("shakespeare", {"tokens": tokens}, "logits"))
+    nats = sum(float(_nats(scores[0], wanted).sum()) for scores, wanted in zip(logits, ids, strict=True))
+    what = f"tiny Shakespeare, last tenth, {sum(map(len, ids)):,} characters"
+    yield Figure("shakespeare", what, "nats a character", nats / sum(map(len, ids)), high=1.60)
+
+
+def tagger(asker: Offline | Online, asked: Asked, data: Path) -> Iterator[Figure]:
+    posts = wnut17.read("test", data)
+    truth = [labelled(p.tags) for p in posts]
+    found = asked.all("tagger", [p.words for p in posts], asker.spans)
+    what = f"WNUT-17 test, {len(posts):,} posts"
+    score, surface = wnut17.entity_score(truth, found), wnut17.surface_score(posts, found)
+    yield Figure("tagger", what, "entity F1 %", 100 * score.f1, low=LOW_F1)
+    yield Figure("tagger", what, "precision %", 100 * score.precision)
+    yield Figure("tagger", what, "recall %", 100 * score.recall)
+    yield Figure("tagger", what, "surface form F1 %", 100 * surface.f1)
+    # As a user would send them: not split yet, compared by characters.
+    read = asked.all("tagger, texts", [" ".join(p.words) for p in posts], asker.spans)
+    places = [list(itertools.accumulate((len(w) + 1 for w in p.words), initial=0)) for p in posts]
+    there = [[(at[a], at[b] - 1, kind) for a, b, kind in spans] for at, spans in zip(places, truth, strict=True)]
+    yield Figure("tagger", f"{what}, split by the server", "entity F1 %", 100 * wnut17.entity_score(there, read).f1)
+
+
+def digits(asker: Offline | Online, asked: Asked, data: Path) -> Iterator[Figure]:
+    found = mnist.load("test", data)
+    answers = asked.all("digits", list(found.images), lambda image: asker.tensor("digits", {"rows": image[None]}, "by_row"))
+    right = np.mean([by_row[0].argmax(-1) == label for by_row, label in zip(answers, found.labels, strict=True)], 0)  # [rows]
+    what = f"MNIST test, {len(answers):,} images"
+    yield Figure("digits", what, "accuracy %", 100 * float(right[-1]), low=98.9)
+    yield Figure("digits", f"{what}, their upper half", "accuracy %", 100 * float(right[mnist.SIDE // 2 - 1]))
+
+
+def _nats(logits: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """-log p of each symbol wanted [time], from logits [time, vocabulary]."""
+    scores = logits.astype(np.float64)
+    highest = scores.max(1)
+    total = np.log(np.exp(scores - highest[:, None]).sum(1)) + highest
+    nats: np.ndarray[Any, Any] = total - scores[np.arange(len(wanted)), wanted]
+    return nats
+
+
+MODELS = {
+    "sentiment": sentiment,
+    "translator": translator,
+    "forecaster": forecaster,
+    "shakespeare": generator,
+    "tagger": tagger,
+    "digits": digits,
+}
 
 
 def main() -> int:

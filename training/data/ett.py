@@ -35,13 +35,14 @@ Array = np.ndarray[Any, Any]
 @dataclass(frozen=True, slots=True)
 class Series:
     """values float32 [rows, channels] in the file's units; train is rows [0, train), validation [train, validation),
-    test [validation, test)."""
+    test [validation, test). Data of other kinds come in the same form."""
 
     values: Array
     channels: tuple[str, ...]
     train: int
     validation: int
     test: int
+    step_seconds: int = 3600
 
 
 def load(name: str, data: Path | None) -> Series:
@@ -63,4 +64,4 @@ def load(name: str, data: Path | None) -> Series:
         raise DataError(f"{file}: not the columns and rows of {name}; fetch it again")
     values = np.array([row[1:] for row in table[1:]], np.float32)
     month = 30 * 24 * (4 if name == "ETTm1" else 1)
-    return Series(values, CHANNELS, 12 * month, 16 * month, 20 * month)
+    return Series(values, CHANNELS, 12 * month, 16 * month, 20 * month, 900 if name == "ETTm1" else 3600)

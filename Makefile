@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?=
 
-.PHONY: serve demo test check quality precisions crash bench bench-sessions conformance protos setup setup-dev clean
+.PHONY: serve demo test check quality precisions series crash bench bench-sessions conformance protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -29,6 +29,9 @@ quality: setup-dev      ## the shipped bundles on the full test sets: DATA=DIR, 
 
 precisions: setup-dev   ## what each precision of the shipped bundles costs and saves: DATA=DIR
 	$(BIN)/python -m tests.figures.precisions --data $(DATA) $(RUN)
+
+series: setup-dev       ## the forecaster beside simpler methods on five data sets: DATA=DIR, RUN=--write into docs
+	$(BIN)/python -m tests.figures.series --data $(DATA) $(RUN)
 
 crash: setup-dev        ## live sessions under kill -9: nothing lost, nothing doubled; RUN="--store redis"
 	$(BIN)/python -m tests.figures.crash $(RUN)

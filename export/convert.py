@@ -51,7 +51,7 @@ bfloat16-weights  the same for weights beyond float16's range, with fewer digits
 int8-weights      a quarter of the size, computed in float32 too, with fewer digits still
 float16           half the size, recurrent and matrix nodes compute in float16: for GPUs
 int8-dynamic      a quarter of the size, computed in int8: half the time for one caller on a CPU; but an answer depends on
-                  what is in its round, so callers never share one and no sequence is cut: less than float32 under load
+                  what is in its round, so callers never share one and no sequence is cut: little gained under load
 
 Measure what it costs: make quality DATA=DIR RUN="--models DIR"
 """

@@ -4,6 +4,7 @@
     ├── InvalidInput     INVALID_ARGUMENT     correct the request; the message says what is allowed
     ├── NotFound         NOT_FOUND            use one of the names in the message
     ├── Unsupported      UNIMPLEMENTED        do without: this server, or as it was started, has no such thing
+    ├── Exists           ALREADY_EXISTS       the name is taken: use another, or free it first
     ├── Gone             FAILED_PRECONDITION  the session has ended, the reason says why; open a new one
     ├── Conflict         FAILED_PRECONDITION  not the turn that comes next; go on from the last applied turn, in the facts
     ├── Overloaded       RESOURCE_EXHAUSTED   send again after `retry_after`
@@ -44,6 +45,10 @@ class NotFound(ServeError):
 
 class Unsupported(ServeError):
     status = "UNIMPLEMENTED"
+
+
+class Exists(ServeError):
+    status = "ALREADY_EXISTS"
 
 
 class Gone(ServeError):

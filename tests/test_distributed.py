@@ -34,7 +34,9 @@ def torchrun(*words: str, restarts: int = 0) -> str:
     """Two processes on this machine, over gloo; what they said."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", distributed.OWN_STORE: "1"}
-    with subprocess.Popen([*launch, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        [*launch, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         try:
             said, _ = process.communicate(timeout=240)
         finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +28,7 @@ from server.engine import Workers
 from server.graph import OnnxGraph
 from server.metrics import Metrics
 from server.rounds import Limits
-from tests.process import Served, reason, serve
+from tests.process import ROOT, Served, reason, serve
 from training import __main__ as train
 from training import tagger
 from training.data import wnut17
@@ -194,6 +196,19 @@ def test_command(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["text"] == "it rained in Olinet"
     assert [(s["label"], s["text"], s["start"], s["end"]) for s in found["spans"]] == [("location", "Olinet", 13, 19)]
     assert cli.main(["tag", " ", *at]) == 2
+
+
+def test_example(served: Served) -> None:
+    """docs/examples/names.py gathers the names of the posts it is given, from texts and from words."""
+    posts = "we met Tomas Rileas .\nit rained in Olinet .\nwe met Tomas Rileas today\n"
+    ran = subprocess.run(
+        [sys.executable, ROOT / "docs" / "examples" / "names.py", f"localhost:{served.port}"],
+        input=posts, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    lines = ran.stdout.splitlines()
+    assert lines[0] == "3 posts, 2 names"
+    assert [line.split(maxsplit=2) for line in lines[1:3]] == [["person", "2", "Tomas Rileas"], ["location", "1", "Olinet"]]
+    assert lines[3] == "of split words: [('person', 2, 4)]"
 
 
 def test_any_label_is_shown() -> None:

@@ -6,7 +6,7 @@ models, data or the server.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ States = tuple[Tensor, ...]
 
 GATES = {"elman": 1, "gru": 3, "lstm": 4}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "softsign": functional.softsign}
-FORMS: dict[str, type[nn.RNNBase]] = {"elman": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+FORMS: dict[str, type[nn.RNN | nn.GRU | nn.LSTM]] = {"elman": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
 class Recurrent(nn.Module):
@@ -54,7 +54,7 @@ class Recurrent(nn.Module):
             read, states = self._compute(given, states)
             return self.dropout(read), states
         pieces = []
-        for piece in given.split(self.cells.truncate, 1):
+        for piece in torch.split(given, self.cells.truncate, 1):
             read, states = self._compute(piece, tuple(s.detach() for s in states))
             pieces.append(read)
         return self.dropout(torch.cat(pieces, 1)), states
@@ -142,7 +142,7 @@ class Recurrent(nn.Module):
 
 def check(cells: Cells) -> None:
     """Raise ConfigError naming what is allowed."""
-    choices = {"kind": GATES, "activation": ACTIVATIONS, "recurrent": ("orthogonal", "xavier")}
+    choices: dict[str, Collection[str]] = {"kind": GATES, "activation": ACTIVATIONS, "recurrent": ("orthogonal", "xavier")}
     for name, allowed in choices.items():
         if getattr(cells, name) not in allowed:
             raise ConfigError(f"cells.{name} {getattr(cells, name)!r}: one of {', '.join(allowed)}")

@@ -203,7 +203,9 @@ def describe(model: nn.Module) -> dict[str, bundle.Graph]:
     assert isinstance(model, Digits)
     dims = model.dims
     labels, both = len(dims.labels), dims.cells.bidirectional
-    rows = bundle.Tensor("rows", "uint8", (bundle.BATCH, bundle.TIME, dims.width), "greys from the top, 0 paper to 255 ink", low=0, high=255)
+    rows = bundle.Tensor(
+        "rows", "uint8", (bundle.BATCH, bundle.TIME, dims.width), "greys from the top, 0 paper to 255 ink", low=0, high=255
+    )
     whole = bundle.Tensor("probabilities", "float32", (bundle.BATCH, labels), "of each digit, after all rows that were read")
     each = bundle.Tensor("by_row", "float32", (bundle.BATCH, bundle.TIME, labels), "of each digit, after each row")
     outputs = (whole,) if both else (whole, each)

@@ -26,7 +26,6 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from training.config import ConfigError, Run
 
-
 JOB = "job.txt"
 NO_ID = "none"  # torchrun's, where --rdzv-id was not given
 

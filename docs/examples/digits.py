@@ -1,6 +1,6 @@
 """A digit drawn row by row: after each row the server says what it takes it for. Start a server first: make serve.
 
-    python docs/examples/digits.py [HOST:PORT [MODEL]]
+python docs/examples/digits.py [HOST:PORT [MODEL]]
 """
 
 import sys

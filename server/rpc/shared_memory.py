@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from protos import inference_pb2 as pb
-from server.errors import Conflict, InvalidInput, NotFound, Unsupported, listed
+from server.errors import Exists, InvalidInput, NotFound, Unsupported, listed
 from server.rpc.answer import Answer, Desk
 from server.rpc.front import Method
 from server.rpc.parameters import SERVICE, whole
@@ -87,9 +87,9 @@ class Regions:
             raise InvalidInput("BAD_KEY", f"key {key!r} is no name of shared memory: one such as '/frames'", region=name, key=key)
         with self._lock:
             if name in self._regions:
-                raise Conflict("REGION_EXISTS", f"shared memory region {name!r} is registered already; unregister it first", region=name)
+                raise Exists("REGION_EXISTS", f"shared memory region {name!r} is registered already; unregister it first", region=name)
             if len(self._regions) >= MOST:
-                raise Conflict("REGION_QUOTA", f"{MOST} regions are registered, the most there may be; unregister some", limit=MOST)
+                raise InvalidInput("REGION_QUOTA", f"{MOST} regions are registered, the most there may be; unregister some", limit=MOST)
             try:
                 file = os.open(_ROOT / plain, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             except OSError as e:

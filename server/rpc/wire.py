@@ -56,7 +56,9 @@ def read_inputs(request: pb.ModelInferRequest, regions: Regions) -> dict[str, Ar
         elif not raw:
             arrays[name] = _typed(tensor)
         elif tensor.HasField("contents"):
-            raise InvalidInput("TWO_CONTENTS", f"input {name!r} has both raw and typed contents; send one of them", tensor=name)
+            # The first words are what published clients look for.
+            both = f"contents field must not be specified when using raw_input_contents for {name!r} for model {request.model_name!r}"
+            raise InvalidInput("TWO_CONTENTS", f"{both}: send one of them", tensor=name)
         elif taken < len(raw):
             arrays[name] = read(name, tensor.datatype, tensor.shape, raw[taken])
             taken += 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -28,10 +29,13 @@ from protos import inference_pb2 as pb
 from tests.figures import bench_bare as bare
 from tests.figures.bench_lines import LINES, Line, data, lengths
 from tests.figures.bench_models import WIDTH, model_a, model_b
+from tests.figures.bench_peer import peer
 from tests.figures.bench_report import markdown, plot, summary
 from tests.figures.bench_tools import Load, Measured, analysed, cpu, resident
 from tests.process import ROOT, serve
 from training.data import DataError, multi30k
+
+PEER = "Triton, Python backend"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +209,13 @@ def run(options: argparse.Namespace, lines: list[Line], bench: Bench) -> Results
         for title, root in trees:
             served = stack.enter_context(serve(bench.models, *flags, root=root))
             targets.append(Target(title, served.port, served.process.pid))
-        for target in targets:
+        if not options.no_peer and any(line.model in ("model_a", "model_b") for line in lines):
+            try:
+                port, pid = stack.enter_context(peer(bench.models, bench.directory / "peer"))
+                targets.append(Target(PEER, port, pid, frozenset({"perf_analyzer"})))
+            except (RuntimeError, OSError, subprocess.CalledProcessError) as e:
+                print(f"no peer: {e}")
+        for target in (t for t in targets if t.title != PEER):
             try:
                 results.failed += bench.wrong(target)
             except grpc.RpcError as e:
@@ -223,7 +233,7 @@ def run(options: argparse.Namespace, lines: list[Line], bench: Bench) -> Results
                         continue
                     last = results.passes[line.name, target.title][-1]
                     print(
-                        f"{at + 1}/{options.repeats} {line.name:13} {target.title:10} {last.rate:9,.0f}/s  p50 {last.p50:7.2f}  "
+                        f"{at + 1}/{options.repeats} {line.name:13} {target.title[:10]:10} {last.rate:9,.0f}/s  p50 {last.p50:7.2f}  "
                         f"p99 {last.p99:7.2f} ms  server {last.server_us:6.1f} µs of CPU a call, client {last.client_us:5.1f}",
                         flush=True,
                     )
@@ -238,6 +248,7 @@ def main() -> int:
     parser.add_argument("--window", type=float, default=1.5, help="seconds of one of a pass's three windows")
     parser.add_argument("--flags", default="", help="more flags for our server, such as '--chunk 16'")
     parser.add_argument("--beside", type=Path, action="append", default=[], help="another checkout whose server runs too")
+    parser.add_argument("--no-peer", action="store_true", help="only our server")
     parser.add_argument("--data", type=Path, help="directory of the data sets; multi30k is fetched where there is none")
     parser.add_argument("--out", type=Path, help="write Markdown here and a plot beside it (a full run: docs/bench.md)")
     options = parser.parse_args()

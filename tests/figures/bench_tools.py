@@ -35,9 +35,8 @@ class Measured:
     client_us: float
 
 
-def perf_analyzer() -> tuple[Path, dict[str, str]]:
-    """The client's binary and the environment it runs in; installs both on the first call. Raises RuntimeError."""
-    binary = VENV / "bin" / "perf_analyzer"
+def installed() -> None:
+    """Set up the venv of client and peer, once. Raises RuntimeError, or CalledProcessError where an installer fails."""
     done = VENV / "done"
     if not done.exists() or done.read_text() != REQUIREMENTS.read_text():
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
@@ -45,6 +44,12 @@ def perf_analyzer() -> tuple[Path, dict[str, str]]:
         subprocess.run([*pip, "--requirement", str(REQUIREMENTS)], check=True)
         _libb64()
         done.write_text(REQUIREMENTS.read_text())
+
+
+def perf_analyzer() -> tuple[Path, dict[str, str]]:
+    """The client's binary and the environment it runs in; installs both on the first call. Raises as `installed` does."""
+    installed()
+    binary = VENV / "bin" / "perf_analyzer"
     runtime = next(VENV.glob("lib/python3*/site-packages/nvidia/cuda_runtime/lib"))
     paths = [str(runtime), *(str(p.parent) for p in (VENV / "debian").rglob("libb64.so.0d")), os.environ.get("LD_LIBRARY_PATH", "")]
     return binary, {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths))}
@@ -64,6 +69,12 @@ def _libb64() -> None:
         if not found:
             raise RuntimeError("perf_analyzer needs libb64.so.0d and apt-get can't fetch it: install the package libb64-0d")
         subprocess.run(["dpkg", "-x", str(found[0]), str(VENV / "debian")], check=True)
+
+
+def family(pid: int) -> list[int]:
+    """A process and its children."""
+    listed = [Path(f"/proc/{pid}/task/{task.name}/children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return [pid, *(child for children in listed for c in children.split() for child in family(int(c)))]
 
 
 def cpu(pid: int) -> float:
@@ -90,11 +101,15 @@ class Load:
 
     def _watch(self) -> None:
         span = 0.1
-        pids = (self._server, self._process.pid)
-        before = [cpu(pid) for pid in pids]
+        server, client = family(self._server), self._process.pid
+
+        def used() -> tuple[float, float]:
+            return sum(cpu(pid) for pid in server), cpu(client)
+
+        before = used()
         while not self._over.wait(span):
             try:
-                now = [cpu(pid) for pid in pids]
+                now = used()
             except (OSError, IndexError):  # the client has ended
                 return
             self._shares.append(((now[0] - before[0]) / span, (now[1] - before[1]) / span))

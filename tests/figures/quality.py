@@ -222,6 +222,19 @@ def forecaster(asker: Offline | Online, asked: Asked, data: Path) -> Iterator[Fi
     yield Figure("forecaster", what, "80 % interval covers %", 100 * inside / n, low=75, high=85)
 
 
+def window_mlp(asker: Offline | Online, asked: Asked, data: Path) -> Iterator[Figure]:
+    """The forecaster's task by plain tensors."""
+    series = ett.load("ETTh1", data)
+    deviation = series.values[: series.train].astype(np.float64).std(0)
+    starts = range(series.validation, series.test - 96 + 1)
+    windows = [series.values[None, at - 96 : at] for at in starts]
+    answers = asked.all("window_mlp", windows, lambda window: asker.tensor("window_mlp", {"window": window}, "mean"))
+    errors = [(mean[0] - series.values[at : at + 96]) / deviation for at, mean in zip(starts, answers, strict=True)]
+    what = f"ETTh1 96→96, {len(windows):,} windows"
+    yield Figure("window_mlp", what, "MSE", float(np.mean([(e**2).mean() for e in errors])), high=0.430)
+    yield Figure("window_mlp", what, "MAE", float(np.mean([np.abs(e).mean() for e in errors])))
+
+
 def generator(asker: Offline | Online, asked: Asked, data: Path) -> Iterator[Figure]:
     """Nats a character: the test text in a few stretches, each read from its beginning, all 111,540 characters foretold."""
     directory = next((ROOT / "models" / "shakespeare").iterdir())
@@ -274,6 +287,7 @@ MODELS = {
     "sentiment": sentiment,
     "translator": translator,
     "forecaster": forecaster,
+    "window_mlp": window_mlp,
     "shakespeare": generator,
     "tagger": tagger,
     "digits": digits,

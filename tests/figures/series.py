@@ -143,15 +143,15 @@ def etth1(data: Path, models: Path) -> Comparison:
     for name, f in found.items():
         error = (f.point - truth) / deviation
         rows[name] = (float((error**2).mean()), float(np.abs(error).mean()), f.covered(truth))
-    best = min(rows[n][0] for n in (NAIVE, AR1, ARP))  # type: ignore[type-var]
     assert mean.shape == deviation.shape
     return Comparison(
         "ETTh1", f"7 channels, 96 hours from 96, {len(starts):,} windows", ("MSE", "MAE", "80 % covers"), rows,
         {n: f.said for n, f in found.items()},
         {"SegRNN": (0.368, 0.395, None), "DLinear": (0.386, 0.400, None), "PatchTST": (0.414, 0.419, None)},
         (
-            ("forecaster's MSE at most 0.43", rows[OURS][0] <= 0.43), ("window perceptron's MSE at most 0.45", rows[MLP][0] <= 0.45),
-            ("both better than naive and autoregressions", max(rows[OURS][0], rows[MLP][0]) < best),
+            ("forecaster's MSE at most 0.43", rows[OURS][0] <= 0.43), ("window perceptron's MSE at most 0.43", rows[MLP][0] <= 0.43),
+            ("forecaster's MSE below AR(p)'s", rows[OURS][0] < rows[ARP][0]),
+            ("window perceptron's MSE below the naive's", rows[MLP][0] < rows[NAIVE][0]),
         ),
         **_moment(windows, truth, found, len(starts) // 2, 6),
     )  # fmt: skip
@@ -237,7 +237,8 @@ def one(name: str, data: Path) -> Comparison:
     for method, f in found.items():
         error = back(f.point) - back(truth)
         rows[method] = (
-            float(np.sqrt((error**2).mean())), float(np.sqrt((error[:, 0] ** 2).mean())), float(np.abs(error).mean() / unit), f.covered(truth)
+            float(np.sqrt((error**2).mean())), float(np.sqrt((error[:, 0] ** 2).mean())),
+            float(np.abs(error).mean() / unit), f.covered(truth),
         )  # fmt: skip
     best = min(r[0] for m, r in rows.items() if m in (NAIVE, AR1, ARP))  # type: ignore[type-var]
     return Comparison(

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from tests.figures.series import Comparison
 
 BEGIN, END = "<!-- written by make series RUN=--write -->", "<!-- end -->"
-COLOURS = {"seasonal naive": "tab:gray", "AR(1)": "tab:olive", "AR(p)": "tab:orange", "window perceptron": "tab:green", "forecaster": "tab:blue"}
+COLOURS = {
+    "seasonal naive": "tab:gray", "AR(1)": "tab:olive", "AR(p)": "tab:orange", "window perceptron": "tab:green", "forecaster": "tab:blue",
+}  # fmt: skip
 
 
 def _number(value: float | None) -> str:

@@ -20,6 +20,7 @@ from server.rpc.answer import Answer, Asked, Desk, malformed
 from server.rpc.front import Call, Method, Receiver, stream
 from server.sequence import Outputs, Sequence
 from server.shelf import Shelf
+from server.turns import Asked as Asked_
 from server.turns import Plan, Turns
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class Inference:
         unnamed.CopyFrom(request)
         unnamed.ClearField("id")  # a request sent again may be given another id; the reply has the first one's
         digest = hashlib.blake2b(unnamed.SerializeToString(deterministic=True), digest_size=16, person=b"infer").digest()
-        self._turns.turn(id, turn, digest, brought, None, told)
+        self._turns.turn(id, turn, digest, Asked_(brought, told), None)
 
 
 class _Stream(Receiver):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from contract.bundle import Tensor
+from contract.bundle import BATCH, TIME, Graph, Tensor
 from protos import inference_pb2 as pb
 from server.errors import InvalidInput, listed
 
@@ -60,6 +61,50 @@ def read(name: str, kind: str, shape: Sequence[int], raw: bytes) -> Array:
         message = f"input {name!r}: {kind} {dims} takes {expected} raw bytes, got {len(raw)}"
         raise InvalidInput("WRONG_SIZE", message, tensor=name, expected=expected, got=len(raw))
     return np.frombuffer(raw, dtype).reshape(dims)
+
+
+def read_packed(graph: Graph, tensors: Sequence[Any]) -> tuple[int, tuple[bytes, ...] | None]:
+    """One row's raw tensors as they came, in the graph's order, and their steps; None where they are not of the usual form,
+    and must be looked at in detail. `graph.packed` is there."""
+    steps = 0
+    parts: list[bytes] = []
+    for tensor, sent in zip(graph.inputs, tensors, strict=True):
+        if sent.name != tensor.name:
+            return 0, None  # in another order, or another's
+        data: bytes = sent.data
+        mine = _steps(tensor, sent.datatype, tuple(sent.shape))
+        if not mine or len(data) != mine * tensor.packed or (tensor.time_axis is not None and steps not in (0, mine)):
+            return 0, None
+        if tensor.time_axis is not None:
+            steps = mine
+        parts.append(data)
+    steps = steps or 1
+    return (steps, tuple(parts)) if steps <= graph.max_time else (0, None)
+
+
+@lru_cache(maxsize=4096)
+def _steps(tensor: Tensor, kind: str, shape: tuple[int, ...]) -> int:
+    """Of how many steps one row of that form is; 0 where it is not of the tensor's form."""
+    if DATATYPES.get(kind) != tensor.dtype or len(shape) != len(tensor.axes):
+        return 0
+    if any((n != 1) if a == BATCH else (n < 1) if a == TIME else (n != a) for a, n in zip(tensor.axes, shape, strict=True)):
+        return 0
+    return 1 if tensor.time_axis is None else shape[tensor.time_axis]
+
+
+def varint(n: int) -> bytes:
+    """A number as protobuf writes it."""
+    if n < 128:
+        return _SMALL[n]
+    head = bytearray()
+    while n > 127:
+        head.append(n & 127 | 128)
+        n >>= 7
+    head.append(n)
+    return bytes(head)
+
+
+_SMALL = tuple(bytes((n,)) for n in range(128))
 
 
 def _read(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> Array:

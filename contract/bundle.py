@@ -87,6 +87,9 @@ class Tensor:
     high: float | None = None  # largest, inclusive: for token ids the vocabulary size less one
     finite: bool = True  # refuse NaN and infinity
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # look-ups by tensor are made for every request
+
     @cached_property
     def batch_axis(self) -> int | None:
         """Where rows lie: the position of "batch", or of the ragged axis; None for a constant of the round."""
@@ -106,6 +109,15 @@ class Tensor:
     @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
         return TENSOR_DTYPES[self.dtype]
+
+    @cached_property
+    def packed(self) -> int:
+        """Bytes of one row's one step where rows lie end to end and, within a row, its steps: [batch, time, numbers...] or
+        [batch, numbers...]; 0 where they lie otherwise."""
+        rest = self.axes[2:] if self.time_axis == 1 else self.axes[1:]
+        if self.role != "data" or not self.axes or self.axes[0] != BATCH or not all(isinstance(a, int) for a in rest):
+            return 0
+        return self.numpy_dtype.itemsize * math.prod(int(a) for a in rest)
 
 
 @dataclass(frozen=True)
@@ -164,6 +176,27 @@ class Graph:
     def expected(self) -> Mapping[str, Tensor]:
         """The same by name."""
         return {t.name: t for t in self.data}
+
+    @cached_property
+    def packed(self) -> tuple[int, ...] | None:
+        """Bytes of one row's one step of each input, where one row's values can be taken as they come from the wire."""
+        sizes = tuple(t.packed for t in self.inputs)
+        return sizes if all(sizes) else None
+
+    @cached_property
+    def timed(self) -> bool:
+        """Whether any output has a value for every step."""
+        return any(t.time_axis is not None for t in self.outputs)
+
+    @cached_property
+    def place(self) -> Mapping[str, int]:
+        """Where an output of that name stands."""
+        return {t.name: i for i, t in enumerate(self.outputs)}
+
+    @cached_property
+    def state_axes(self) -> tuple[int, ...]:
+        """Where rows lie in each state."""
+        return tuple(s.batch_axis for s in self.states)
 
     @cached_property
     def constants(self) -> tuple[str, ...]:

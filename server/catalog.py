@@ -76,6 +76,7 @@ class Catalog:
         self._most_rows = most_rows
         self._directory = Path()
         self._models: dict[str, dict[int, Model]] = {}  # replaced, never changed: readers need no lock
+        self._exact: dict[tuple[str, str], Model] = {}  # the same, by name and version; "" is the newest
         self.refused: dict[str, list[str]] = {}  # "name/version" → its faults
 
     def scan(self, directory: Path) -> None:
@@ -116,6 +117,7 @@ class Catalog:
         model = Model(name, version, bundle, engine, Tensors(engine, self._most_rows), task)
         before = self._models.get(name, {}).get(int(version))
         self._models = {**self._models, name: {**self._models.get(name, {}), int(version): model}}
+        self._index()
         self.refused.pop(f"{name}/{version}", None)
         if before is not None:
             before.engine.retire()
@@ -156,13 +158,25 @@ class Catalog:
         gone = [self.find(name, version)] if version else [m for m in self.models() if m.name == name] or [self.find(name)]
         kept = {number: m for number, m in self._models[name].items() if m not in gone}
         self._models = {key: versions for key, versions in {**self._models, name: kept}.items() if versions}
+        self._index()
         for model in gone:
             model.engine.retire()
             log.info("unloaded: %s version %s", model.name, model.version)
         return gone
 
+    def exact(self, name: str, version: str) -> Model | None:
+        """The same, where both are spelled as in the catalog."""
+        return self._exact.get((name, version))
+
+    def _index(self) -> None:
+        every = {(m.name, m.version): m for m in self.models()}
+        self._exact = every | {(name, ""): versions[max(versions)] for name, versions in self._models.items()}
+
     def find(self, name: str, version: str = "") -> Model:
         """The model of that name, its newest version where none is given. Raises NotFound naming what exists."""
+        found = self._exact.get((name, version))
+        if found is not None:
+            return found
         versions = self._models.get(name)
         if not versions:
             if any(key.split("/")[0] == name for key in self.refused):

@@ -19,15 +19,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from contract.bundle import Bundle
+from server.costs import Costs
 from server.errors import DeadlineExceeded, Draining, ModelFailed, NotFound, ServeError
 from server.graph import OnnxGraph
-from server.rounds import Limits, Round, Rounds, Ticket
-from server.sequence import Sequence, split, stack
+from server.rounds import Limits, Round, Rounds
+from server.sequence import Sequence, order, split, stack
 
 log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 Clock = Callable[[], float]
+
+BRIEF = 0.0015  # seconds: rounds expected to take no longer are run by the thread that brings them
 
 
 class Watch(Protocol):
@@ -48,7 +51,8 @@ class Engine:
         self.version = version
         self.name = bundle.name
         self.graphs = graphs
-        self.rounds = Rounds(limits, workers.order)
+        self.rounds: Rounds[Sequence] = Rounds(limits, workers.order)
+        self.costs = Costs()
         self.retired = False
         self._workers = workers
         self.watch = watch
@@ -67,44 +71,77 @@ class Engine:
         """Take no more; what is here is finished, then the engine is forgotten."""
         self._workers.retire(self)
 
-    def ticket(self, sequence: Sequence, deadline: float | None) -> Ticket:
-        graph = self.graphs[sequence.graph].graph
-        return Ticket(
-            _key(self, sequence), sequence.rows, sequence.steps, cut=graph.cut, shared=graph.shared, deadline=deadline, work=sequence
-        )
+    def enqueue(self, s: Sequence, deadline: float | None, now: float) -> None:
+        """Queue a newcomer, with the lock held. Raises Overloaded."""
+        graph = self.graphs[s.graph].graph
+        s.key = _key(self, s)
+        s.remaining = s.steps
+        s.cut, s.shared, s.deadline = graph.cut, graph.shared, deadline
+        self.rounds.admit(s, now)
+        s.since = now
 
-    def run(self, round: Round) -> list[tuple[Ticket, ServeError | None]]:
+    def brief(self, seconds: float) -> bool:
+        """Whether the next round is expected to take at most so long; not where nothing waits or nothing is known."""
+        peeked = self.rounds.peek()
+        if peeked is None:
+            return False
+        first, rows, steps = peeked
+        expected = self.costs.seconds(first.graph, rows, steps)
+        return expected is not None and expected <= seconds
+
+    def run(self, round: Round[Sequence]) -> Mapping[Sequence, ServeError]:
         """Run one round and give every sequence its part; who could not be run comes with why."""
-        sequences = [t.work for t in round.tickets]
+        sequences = round.tickets
         graph = self.graphs[sequences[0].graph]
         try:
-            results = graph.run(stack(graph.graph, sequences, round.steps))
-            split(graph.graph, sequences, results, round.steps)
+            ordered = order(graph.graph, sequences)
+            feeds = stack(graph.graph, ordered, round.steps)
+            # The thread's own time: that of day has in it what other threads held the interpreter for.
+            began = time.thread_time()
+            results = graph.run(feeds)
+            self.costs.learn(sequences[0].graph, round.rows, round.steps, time.thread_time() - began)
+            split(graph.graph, ordered, results, round.steps)
         except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
             if len(sequences) == 1:
-                log.warning("model %s: a sequence failed alone: %s", self.name, e)
-                message = f"model {self.name!r} could not run this input: {str(e)[:300]}"
-                return [(round.tickets[0], ModelFailed("MODEL_FAILED", message, model=self.name, graph=sequences[0].graph))]
+                if not isinstance(e, ServeError):
+                    log.warning("model %s: a sequence failed alone: %s", self.name, e)
+                    message = f"model {self.name!r} could not run this input: {str(e)[:300]}"
+                    e = ModelFailed("MODEL_FAILED", message, model=self.name, graph=sequences[0].graph)
+                return {sequences[0]: e}
             # One bad row fails a whole run: alone, only the culprit does.
-            alone = [self.run(Round(round.key, (ticket,), round.steps)) for ticket in round.tickets]
-            return [pair for pairs in alone for pair in pairs]
-        return [(ticket, None) for ticket in round.tickets]
+            failed: dict[Sequence, ServeError] = {}
+            for s in sequences:
+                failed.update(self.run(Round(round.key, (s,), round.steps)))
+            return failed
+        return _NOBODY
 
-    def answer(self, sequence: Sequence) -> None:
+    def answer(self, s: Sequence) -> None:
         """All pending steps ran: the sequence says what comes next."""
-        sequence.going = False
-        sequence.then(sequence, sequence.outputs(self.graphs[sequence.graph].graph))
+        s.going = False
+        s.then(s, s.outputs(self.graphs[s.graph].graph))
+
+
+_NOBODY: Mapping[Sequence, ServeError] = {}
 
 
 class Workers:
-    """The threads that run rounds, for all engines."""
+    """The threads that run rounds, for all engines.
 
-    def __init__(self, threads: int, clock: Clock = time.monotonic) -> None:
+    A thread that brings work (the front's) may *attend*: it runs brief rounds itself when nothing more has arrived, and wakes
+    a worker only for longer ones. For a round of a millisecond, waking a thread and passing it the interpreter's lock costs
+    more than the round; and while it is run, the next ones' rows arrive.
+    """
+
+    def __init__(self, threads: int, clock: Clock = time.monotonic, brief: float = BRIEF) -> None:
         self.order = itertools.count(1)
-        self.after_round: Callable[[], None] = lambda: None  # called by a worker when all of its round was answered
+        self.after_round: Callable[[], None] = lambda: None  # called by whoever ran a round when all of it was answered
         self._clock = clock
+        self._brief = brief
         self._engines: list[Engine] = []
         self._wake = threading.Condition(threading.Lock())
+        self._attendant = 0  # the thread that attends
+        self._attending = False  # it is about: it will look for brief rounds before it sleeps
+        self._asleep = 0
         self._stopping = False
         self._draining = False
         self._running = 0
@@ -132,20 +169,18 @@ class Workers:
         now = self._clock()
         if deadline is not None and deadline <= now:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline had passed when the request arrived")
-        ticket = engine.ticket(sequence, deadline)
         with self._wake:
             if engine.retired:
                 raise NotFound("UNLOADED", f"model {engine.name!r} version {engine.version} was unloaded", model=engine.name)
             if self._draining:
                 raise Draining("DRAINING", "the server is shutting down; send the request again")
-            engine.rounds.admit(ticket, now)
-            sequence.ticket = ticket
-            sequence.since = now
-            self._wake.notify()
+            engine.enqueue(sequence, deadline, now)
+            if not self._attending or threading.get_ident() != self._attendant:
+                self._wake.notify()
 
     def cancel(self, engine: Engine, sequence: Sequence) -> None:
         with self._wake:
-            left = sequence.ticket is not None and engine.rounds.leave(sequence.ticket)
+            left = sequence.order > 0 and engine.rounds.leave(sequence)
         if left:
             engine.watch.left(engine, [sequence], "cancelled")
 
@@ -159,10 +194,10 @@ class Workers:
         """End the threads after the rounds they run; whoever still waits is told."""
         with self._wake:
             self._draining = self._stopping = True
-            left = [t for e in self._engines for t in e.rounds.everyone() if e.rounds.leave(t)]
+            left = [s for e in self._engines for s in e.rounds.everyone() if e.rounds.leave(s)]
             self._wake.notify_all()
-        for ticket in left:
-            _tell(ticket.work.failed, Draining("DRAINING", "the server shut down before this was done; send the request again"))
+        for s in left:
+            _tell(s.failed, Draining("DRAINING", "the server shut down before this was done; send the request again"))
         for thread in self._threads:
             thread.join()
 
@@ -177,29 +212,63 @@ class Workers:
             self._do(*due)
         return due is not None
 
+    def attend(self) -> None:
+        """From now until `brief` says otherwise, what this thread submits is left to it where it is brief."""
+        self._attendant = threading.get_ident()
+        self._attending = True
+
+    def brief(self) -> bool:
+        """Run one brief round in this thread. False where there is none: then workers were woken for what else there is, and
+        take what comes, until this thread attends again."""
+        with self._wake:
+            chosen = None
+            late = self._late()
+            engines = [e for e in self._engines if e.rounds.waiting_rows]
+            if engines and not self._stopping:
+                brief = [e for e in engines if e.brief(self._brief)]
+                if brief:
+                    engine = brief[0] if len(brief) == 1 else min(brief, key=lambda e: e.rounds.oldest() or 0)
+                    round = engine.rounds.next(1)
+                    if round is not None:
+                        chosen = (engine, round)
+                if self._asleep and len(engines) > len(brief):
+                    self._wake.notify()
+            if chosen is None and not late:
+                self._attending = False
+                if engines and self._asleep:
+                    self._wake.notify()
+                return False
+            self._running += 1
+        self._do(late, chosen)
+        return True
+
     def _work(self) -> None:
         while True:
             with self._wake:
-                while (due := self._take()) is None:
+                while (due := self._take(worker=True)) is None:
                     if self._stopping:
                         return
+                    self._asleep += 1
                     self._wake.wait(self._pause())
+                    self._asleep -= 1
+                if self._asleep and any(e.rounds.waiting_rows for e in self._engines):
+                    self._wake.notify()
             self._do(*due)
 
-    def _take(self) -> tuple[list[tuple[Engine, Ticket]], tuple[Engine, Round] | None] | None:
+    def _take(self, worker: bool = False) -> tuple[list[tuple[Engine, Sequence]], tuple[Engine, Round[Sequence]] | None] | None:
         """What is due: who is late, and the round to run. The lock is held."""
         late = self._late()
-        chosen = self._choose()
+        chosen = self._choose(worker)
         if not late and chosen is None:
             return None
         self._running += 1
         return late, chosen
 
-    def _do(self, late: list[tuple[Engine, Ticket]], chosen: tuple[Engine, Round] | None) -> None:
+    def _do(self, late: Listed[tuple[Engine, Sequence]], chosen: tuple[Engine, Round[Sequence]] | None) -> None:
         try:
-            for engine, ticket in late:
-                engine.watch.left(engine, [ticket.work], "expired")
-                _tell(ticket.work.failed, DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed while the request waited"))
+            for engine, s in late:
+                engine.watch.left(engine, [s], "expired")
+                _tell(s.failed, DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed while the request waited"))
             if chosen is not None:
                 self._run(*chosen)
         finally:
@@ -208,58 +277,60 @@ class Workers:
                 if self._draining and self._idle():
                     self._wake.notify_all()
 
-    def _choose(self) -> tuple[Engine, Round] | None:
-        waiting = [(order, i) for i, e in enumerate(self._engines) if (order := e.rounds.oldest()) is not None]
-        if not waiting:
-            return None
-        engine = self._engines[min(waiting)[1]]
-        round = engine.rounds.next()
-        return (engine, round) if round is not None else None
+    def _choose(self, worker: bool) -> tuple[Engine, Round[Sequence]] | None:
+        """The round of whoever has waited longest, over all engines; brief ones are left to a thread that attends."""
+        best: Engine | None = None
+        first = 0
+        for engine in self._engines:
+            if engine.rounds.waiting_rows and not (worker and self._attending and engine.brief(self._brief)):
+                order = engine.rounds.oldest()
+                if order is not None and (best is None or order < first):
+                    best, first = engine, order
+        round = best.rounds.next() if best is not None else None
+        return (best, round) if best is not None and round is not None else None
 
-    def _late(self) -> list[tuple[Engine, Ticket]]:
+    def _late(self) -> list[tuple[Engine, Sequence]]:
         now = self._clock()
-        return [(engine, ticket) for engine in self._engines for ticket in engine.rounds.expired(now)]
+        return [(engine, s) for engine in self._engines for s in engine.rounds.expired(now)]
 
     def _pause(self) -> float | None:
         deadlines = [d for e in self._engines if (d := e.rounds.wake_at()) is not None]
         return max(0.0, min(deadlines) - self._clock()) if deadlines else None
 
-    def _run(self, engine: Engine, round: Round) -> None:
+    def _run(self, engine: Engine, round: Round[Sequence]) -> None:
+        sequences = round.tickets
         started = self._clock()
-        for ticket in round.tickets:
-            ticket.work.queued += started - ticket.work.since
-        graph = round.tickets[0].work.graph
-        ran = engine.run(round)
+        graph = sequences[0].graph
+        failed = engine.run(round)
         ended = self._clock()
         seconds = ended - started
-        for ticket in round.tickets:
-            s = ticket.work
+        for s in sequences:
+            s.queued += started - s.since
             s.run += seconds
             s.rounds += 1
             s.since = ended
         with self._wake:
             engine.rounds.done(round, seconds)
         engine.watch.round(engine, graph, round.rows, round.steps, seconds)
-        again: list[Ticket] = []
-        answered: list[Ticket] = []
-        for ticket, error in ran:
-            if ticket.gone:
+        again: list[Sequence] = []
+        answered: list[Sequence] = []
+        for s in sequences:
+            if s.gone:
                 continue
-            s = ticket.work
-            if error is not None:
-                self._leave(engine, [ticket], "failed")
-                _tell(s.failed, error)
-            elif ticket.remaining:
-                again.append(ticket)
+            if failed and s in failed:
+                self._leave(engine, [s], "failed")
+                _tell(s.failed, failed[s])
+            elif s.remaining:
+                again.append(s)
             else:
                 try:
                     engine.answer(s)
                 except Exception as e:
                     log.exception("model %s: an answer could not be made", engine.name)
-                    self._leave(engine, [ticket], "failed")
+                    self._leave(engine, [s], "failed")
                     _tell(s.failed, ModelFailed("ANSWER_FAILED", f"the answer of model {engine.name!r} could not be made: {e}"))
                     continue
-                (again if s.going else answered).append(ticket)
+                (again if s.going else answered).append(s)
         self._leave(engine, answered, "answered")
         try:
             self.after_round()
@@ -268,27 +339,27 @@ class Workers:
         if again:
             self._again(engine, again)
 
-    def _again(self, engine: Engine, tickets: list[Ticket]) -> None:
+    def _again(self, engine: Engine, sequences: Listed[Sequence]) -> None:
         with self._wake:
-            for ticket in tickets:
-                if ticket.gone:
+            for s in sequences:
+                if s.gone:
                     continue
-                s = ticket.work
-                if ticket.remaining:
-                    engine.rounds.again(ticket)
+                if s.remaining:
+                    engine.rounds.again(s)
                 else:
                     graph = engine.graphs[s.graph].graph
-                    engine.rounds.turn(ticket, _key(engine, s), s.rows, s.steps, cut=graph.cut, shared=graph.shared)
-            self._wake.notify(1)
+                    engine.rounds.turn(s, _key(engine, s), s.rows, s.steps, cut=graph.cut, shared=graph.shared)
+            if self._asleep and not (self._attending and threading.get_ident() == self._attendant):
+                self._wake.notify()
 
-    def _leave(self, engine: Engine, tickets: list[Ticket], how: str) -> None:
-        if tickets:
+    def _leave(self, engine: Engine, sequences: list[Sequence], how: str) -> None:
+        if sequences:
             with self._wake:
-                for ticket in tickets:
-                    engine.rounds.leave(ticket)
+                for s in sequences:
+                    engine.rounds.leave(s)
                 if engine.retired and not engine.rounds.tickets:
                     self._engines = [e for e in self._engines if e is not engine]
-            engine.watch.left(engine, [ticket.work for ticket in tickets], how)
+            engine.watch.left(engine, sequences, how)
 
 
 def _key(engine: Engine, s: Sequence) -> tuple[object, ...]:
@@ -296,6 +367,7 @@ def _key(engine: Engine, s: Sequence) -> tuple[object, ...]:
     graph = engine.graphs[s.graph].graph
     if not graph.constants:
         return (s.graph, s.named)
+    assert not isinstance(s.inputs, tuple), "constants are no rows"
     return (s.graph, s.named, *(s.inputs[name].tobytes() for name in graph.constants))
 
 

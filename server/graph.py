@@ -41,10 +41,12 @@ class OnnxGraph:
         self.graph = graph
         self.outputs: tuple[str, ...] = (*(t.name for t in graph.outputs), *(s.output for s in graph.states))
         self._names = list(self.outputs)
+        # The binding itself: InferenceSession.run looks at all names anew each time, and `_faults` has seen to these.
+        self._run = self._session._sess.run
 
     def run(self, feeds: Mapping[str, Array]) -> Sequence[Array]:
         """One round: inputs and states by name → outputs, then next states, in the order of `self.outputs`."""
-        result: Sequence[Array] = self._session.run(self._names, feeds)
+        result: Sequence[Array] = self._run(self._names, feeds, None)
         return result
 
 

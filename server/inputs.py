@@ -42,7 +42,7 @@ def check(graph: Graph, inputs: Mapping[str, Array], most_rows: int) -> Sizes:
                 "MISSING_INPUT", f"input {name!r} is missing; the model takes {listed(expected)}", tensor=name, expected=spell(tensor)
             )
         _check_form(tensor, inputs[name], sizes)
-        _check_values(tensor, inputs[name])
+        check_values(tensor, inputs[name])
     rows = sizes.pop(BATCH, (1, ""))[0]
     steps, where = sizes.pop(TIME, (1, ""))
     most_rows = min(most_rows, graph.max_rows)
@@ -86,10 +86,11 @@ def _check_form(tensor: Tensor, array: Array, sizes: dict[str, tuple[int, str]])
             raise InvalidInput("WRONG_SHAPE", message, tensor=name, axis=axis, expected=wanted, got=size)
 
 
-def _check_values(tensor: Tensor, array: Array) -> None:
+def check_values(tensor: Tensor, array: Array) -> None:
+    """Raise InvalidInput where an array has values that the contract forbids."""
     if not array.size:
         return  # an empty axis is refused by its size, with a better message
-    if tensor.finite and array.dtype.kind == "f" and np.count_nonzero(np.isfinite(array)) < array.size:
+    if tensor.finite and array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InvalidInput("NOT_FINITE", f"input {tensor.name!r} has NaN or infinity; only finite numbers are allowed", tensor=tensor.name)
     if tensor.low is not None or tensor.high is not None:
         low, high = array.min(), array.max()

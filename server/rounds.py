@@ -15,7 +15,7 @@ import heapq
 import itertools
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 from server.errors import Overloaded
 
@@ -23,31 +23,31 @@ from server.errors import Overloaded
 class Ticket:
     """One sequence waiting or running. `remaining` counts the time steps still to do."""
 
-    __slots__ = ("cut", "deadline", "gone", "key", "name", "order", "remaining", "rows", "running", "shared", "work")
+    __slots__ = ("cut", "deadline", "gone", "key", "order", "remaining", "rows", "running", "shared")
 
     def __init__(
-        self, key: Hashable, rows: int, remaining: int, *, cut: bool = True, shared: bool = True, deadline: float | None = None,
-        work: Any = None, name: str = "",
-    ) -> None:  # fmt: skip
+        self, key: Hashable, rows: int, remaining: int, *, cut: bool = True, shared: bool = True, deadline: float | None = None
+    ) -> None:
         self.key = key
         self.rows = rows
         self.remaining = remaining
         self.cut = cut
         self.shared = shared
         self.deadline = deadline
-        self.work = work
-        self.name = name
-        self.order = 0
+        self.order = 0  # 0: was never queued
         self.running = False
         self.gone = False  # cancelled, expired or finished: never to be chosen again
 
 
+T = TypeVar("T", bound=Ticket)
+
+
 @dataclass(frozen=True, slots=True)
-class Round:
+class Round(Generic[T]):
     """Tickets that run together, each by `steps`."""
 
     key: Hashable
-    tickets: tuple[Ticket, ...]
+    tickets: tuple[T, ...]
     steps: int
 
     @property
@@ -66,14 +66,14 @@ class Limits:
     workers: int = 1
 
 
-class Rounds:
+class Rounds(Generic[T]):
     """The queue of one engine."""
 
     def __init__(self, limits: Limits, order: Iterator[int] | None = None) -> None:
         self.limits = limits
         self._order = order if order is not None else itertools.count(1)  # shared by engines, so that they compare
-        self._waiting: dict[Hashable, dict[Ticket, None]] = {}  # by key, served longest ago first
-        self._deadlines: list[tuple[float, int, Ticket]] = []
+        self._waiting: dict[Hashable, dict[T, None]] = {}  # by key, served longest ago first
+        self._deadlines: list[tuple[float, int, T]] = []
         self._tie = itertools.count()
         self._step_seconds = 0.0  # running mean cost of one row advancing one step
         self.tickets = 0  # waiting or running
@@ -81,7 +81,7 @@ class Rounds:
         self.running_rows = 0
         self.waiting_steps = 0  # rows × remaining steps, waiting or running
 
-    def admit(self, ticket: Ticket, now: float) -> None:
+    def admit(self, ticket: T, now: float) -> None:
         """Take a newcomer, or raise Overloaded with when to come back."""
         if self.tickets >= self.limits.queue:
             wait = self.expected_wait()
@@ -92,6 +92,9 @@ class Rounds:
         self.tickets += 1
         self.waiting_steps += ticket.rows * ticket.remaining
         if ticket.deadline is not None:
+            if len(self._deadlines) > 2 * self.tickets + 64:  # who has left long before its deadline is not to be kept
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].gone]
+                heapq.heapify(self._deadlines)
             heapq.heappush(self._deadlines, (ticket.deadline, next(self._tie), ticket))
         self._wait(ticket)
 
@@ -99,18 +102,30 @@ class Rounds:
         """Seconds until what is here now is done, by the measured cost of a step; at least 10 ms."""
         return max(0.01, self.waiting_steps * self._step_seconds / self.limits.workers)
 
+    def peek(self) -> tuple[T, int, int] | None:
+        """The first ticket of the next round, and about how many rows and steps it will have; None where nothing waits."""
+        if not self._waiting:
+            return None
+        first = next(iter(self._first()[1]))
+        return first, min(self.waiting_rows, self.limits.rows) if first.shared else first.rows, self._stride(first)
+
     def oldest(self) -> int | None:
         """The place in the order of service of who waits longest, to compare engines by."""
         return min((next(iter(line)).order for line in self._waiting.values()), default=None)
 
-    def next(self) -> Round | None:
-        """The round to run now, its tickets marked running; None where nothing waits."""
+    def next(self, workers: int | None = None) -> Round[T] | None:
+        """The round to run now, its tickets marked running; None where nothing waits. What is here is shared out among
+        `workers`, by default the limits'."""
+        if workers is None:
+            workers = self.limits.workers
         if not self._waiting:
             return None
-        key, line = min(self._waiting.items(), key=lambda item: next(iter(item[1])).order)
-        everyone = self.waiting_rows + self.running_rows
-        most = min(self.limits.rows, max(self.limits.share, -(-everyone // self.limits.workers)))
-        chosen: list[Ticket] = []
+        key, line = self._first()
+        most = self.limits.rows
+        if workers > 1:
+            everyone = self.waiting_rows + self.running_rows
+            most = min(most, max(self.limits.share, -(-everyone // workers)))
+        chosen: list[T] = []
         rows = steps = 0
         for ticket in line:
             if not chosen:
@@ -131,7 +146,7 @@ class Rounds:
         self.running_rows += rows
         return Round(key, tuple(chosen), steps)
 
-    def done(self, round: Round, seconds: float) -> None:
+    def done(self, round: Round[T], seconds: float) -> None:
         """A round ran: its tickets have `steps` less to do. Call `again` or `leave` for each of them next."""
         rows = round.rows
         self.running_rows -= rows
@@ -144,17 +159,17 @@ class Rounds:
             if ticket.gone:  # it left while it ran: what remained of it will not be done
                 self.waiting_steps -= ticket.rows * ticket.remaining
 
-    def again(self, ticket: Ticket) -> None:
+    def again(self, ticket: T) -> None:
         """A ticket that ran waits for its next round, behind who has waited longer."""
         self._wait(ticket)
 
-    def turn(self, ticket: Ticket, key: Hashable, rows: int, remaining: int, *, cut: bool, shared: bool) -> None:
+    def turn(self, ticket: T, key: Hashable, rows: int, remaining: int, *, cut: bool, shared: bool) -> None:
         """A ticket that finished its steps goes on with others: another graph, the next token. It was admitted already."""
         ticket.key, ticket.rows, ticket.remaining, ticket.cut, ticket.shared = key, rows, remaining, cut, shared
         self.waiting_steps += rows * remaining
         self._wait(ticket)
 
-    def leave(self, ticket: Ticket) -> bool:
+    def leave(self, ticket: T) -> bool:
         """A ticket is finished, cancelled or expired. True where it was still here; running ones leave at the round's end."""
         if ticket.gone:
             return False
@@ -170,11 +185,11 @@ class Rounds:
             self.waiting_steps -= ticket.rows * ticket.remaining
         return True
 
-    def everyone(self) -> list[Ticket]:
+    def everyone(self) -> list[T]:
         """Tickets that wait now."""
         return [ticket for line in self._waiting.values() for ticket in line]
 
-    def expired(self, now: float) -> list[Ticket]:
+    def expired(self, now: float) -> list[T]:
         """Tickets whose deadline has passed; they have left."""
         late = []
         while self._deadlines and (self._deadlines[0][2].gone or self._deadlines[0][0] <= now):
@@ -189,10 +204,16 @@ class Rounds:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def _wait(self, ticket: Ticket) -> None:
+    def _wait(self, ticket: T) -> None:
         ticket.order = next(self._order)
         self._waiting.setdefault(ticket.key, {})[ticket] = None
         self.waiting_rows += ticket.rows
 
-    def _stride(self, ticket: Ticket) -> int:
+    def _first(self) -> tuple[Hashable, dict[T, None]]:
+        """The line that has waited longest."""
+        if len(self._waiting) == 1:
+            return next(iter(self._waiting.items()))
+        return min(self._waiting.items(), key=lambda item: next(iter(item[1])).order)
+
+    def _stride(self, ticket: T) -> int:
         return min(self.limits.chunk, ticket.remaining) if ticket.cut else ticket.remaining

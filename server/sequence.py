@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Listed
 from typing import Any
 
@@ -13,17 +13,21 @@ import numpy as np
 
 from contract.bundle import Graph, Tensor
 from server.errors import ServeError
-from server.inputs import Sizes
+from server.inputs import Sizes, check_values
 from server.rounds import Ticket
 from server.states import Rows, fresh
 from server.states import stack as stack_states
 
 Array = np.ndarray[Any, Any]
-Outputs = dict[str, Array]
+Inputs = Mapping[str, Array]
+Outputs = Mapping[str, Array]
+Packed = tuple[bytes, ...]
+"""One row's inputs as they came over the wire, in the graph's order: looked at and turned into numbers once a round, for all
+its rows together. Only where `Graph.packed` says that they can be, and of the right lengths; values are checked in the round."""
 
 
-class Sequence:
-    """Pending inputs on one graph, the state so far, and what to do when the steps are done.
+class Sequence(Ticket):
+    """Pending inputs on one graph, the state so far, and what to do when the steps are done; and its place in the queue.
 
     `then(self, outputs)` is called once all pending steps ran, from the thread that ran them: it answers the caller, or
     calls `go_on` with what comes next (another graph, the next token) and the engine takes it up at once. `failed` is
@@ -31,31 +35,31 @@ class Sequence:
     """
 
     __slots__ = (
-        "_kept", "_last", "cells", "done", "failed", "going", "graph", "inputs", "named", "queued", "rounds", "rows", "run",
-        "since", "state", "steps", "then", "ticket",
+        "cells", "done", "failed", "going", "graph", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state", "steps",
+        "then",
     )  # fmt: skip
 
     def __init__(
         self,
         graph: str,
-        inputs: Mapping[str, Array],
+        inputs: Inputs | Packed,
         sizes: Sizes,
-        then: Callable[[Sequence, Outputs], None],
+        then: Callable[[Sequence, Views], None],
         failed: Callable[[ServeError], None],
         state: Rows | None = None,
     ) -> None:
+        self.order = 0  # of the ticket: it is queued nowhere yet
+        self.gone = self.running = False
+        self.remaining = 0
         self.then = then
         self.failed = failed
-        self.ticket: Ticket | None = None
         self.queued = 0.0  # seconds waited for rounds
         self.run = 0.0  # seconds in rounds
         self.rounds = 0
         self.since = 0.0
         self.go_on(graph, inputs, sizes, state)
 
-    def go_on(
-        self, graph: str, inputs: Mapping[str, Array], sizes: Sizes, state: Rows | None = None, cells: Listed[int] | None = None
-    ) -> None:
+    def go_on(self, graph: str, inputs: Inputs | Packed, sizes: Sizes, state: Rows | None = None, cells: Listed[int] | None = None) -> None:
         """Set what runs next: `sizes.steps` steps of `inputs`, from `state` (None: fresh).
 
         `cells` gives each row's own length of the ragged inputs, where there are any.
@@ -69,72 +73,159 @@ class Sequence:
         self.cells = cells
         self.done = 0
         self.going = True
-        self._kept: dict[str, list[Array]] = {}
-        self._last: Outputs = {}
+        self.parts: list[Part] = []
 
-    def take(self, graph: Graph, outputs: Outputs, state: Rows, steps: int) -> None:
-        """What a round of `steps` gave this sequence."""
-        self.done += steps
-        self.state = state
-        if self.done < self.steps or self._kept:
-            for tensor in graph.outputs:
-                if tensor.time_axis is not None:
-                    self._kept.setdefault(tensor.name, []).append(outputs[tensor.name])
-        self._last = outputs
+    def outputs(self, graph: Graph) -> Views:
+        """What all rounds of the pending steps gave."""
+        return Views(graph, self.parts, self.rows)
 
-    def outputs(self, graph: Graph) -> Outputs:
-        """All steps' outputs where a tensor has a time axis, the last round's where it has none."""
-        result = dict(self._last)
-        for name, parts in self._kept.items():
-            tensor = graph.output(name)
-            assert tensor is not None
-            assert tensor.time_axis is not None
-            result[name] = np.concatenate(parts, tensor.time_axis)
-        return result
+
+class Results:
+    """The outputs that one round gave all its rows."""
+
+    __slots__ = ("_bytes", "arrays", "rows")
+
+    def __init__(self, arrays: Listed[Array], rows: int) -> None:
+        self.arrays = arrays
+        self.rows = rows
+        self._bytes: dict[int, bytes] = {}
+
+    def bytes(self, output: int, row: int) -> bytes:
+        """One row of an output whose first axis is the batch, as it lies in memory. Turned into bytes once for all rows."""
+        whole = self._bytes.get(output)
+        if whole is None:
+            whole = self._bytes[output] = self.arrays[output].tobytes()
+        size = len(whole) // self.rows
+        return whole[row * size : (row + 1) * size]
+
+
+Part = tuple[Results, int, int, int]
+"""Where a sequence's share of a round lies: its first row, its first ragged cell, how many of these."""
+
+
+class Views(Mapping[str, Array]):
+    """A sequence's outputs by name: all steps' where a tensor has a time axis, the last round's where it has none.
+
+    Views of whole rounds, made when they are asked for.
+    """
+
+    __slots__ = ("_graph", "_parts", "_rows")
+
+    def __init__(self, graph: Graph, parts: list[Part], rows: int) -> None:
+        self._graph = graph
+        self._parts = parts
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> Array:
+        place = self._graph.place[name]
+        tensor = self._graph.outputs[place]
+        if len(self._parts) == 1 or tensor.time_axis is None:
+            return self._share(tensor, place, self._parts[-1])
+        return np.concatenate([self._share(tensor, place, part) for part in self._parts], tensor.time_axis)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._graph.place)
+
+    def __len__(self) -> int:
+        return len(self._graph.place)
+
+    def data(self, place: int) -> tuple[bytes, tuple[int, ...]]:
+        """An output's values as bytes in C order, and its shape."""
+        tensor = self._graph.outputs[place]
+        if len(self._parts) == 1 and self._rows == 1 and tensor.batch_axis == 0 and not tensor.ragged:
+            results, row, _, _ = self._parts[0]
+            return results.bytes(place, row), (1, *results.arrays[place].shape[1:])
+        array = self[tensor.name]
+        return array.tobytes(), array.shape
+
+    def _share(self, tensor: Tensor, place: int, part: Part) -> Array:
+        results, row, cell, cells = part
+        array = results.arrays[place]
+        if results.rows == self._rows:
+            return array
+        axis = tensor.batch_axis
+        assert axis is not None  # validate() refuses outputs without
+        lo, n = (cell, cells) if tensor.ragged else (row, self._rows)
+        return array[(slice(None),) * axis + (slice(lo, lo + n),)] if axis else array[lo : lo + n]
+
+
+def order(graph: Graph, sequences: Listed[Sequence]) -> Listed[Sequence]:
+    """The same sequences so that stacking their states copies least: rows of one bank together, as they lie in it."""
+    if not graph.states or len(sequences) < 2:
+        return sequences
+    return sorted(sequences, key=_where)
+
+
+def _where(s: Sequence) -> tuple[int, int]:
+    state = s.state
+    return (0, 0) if state is None else (id(state.bank), state.start)
 
 
 def stack(graph: Graph, sequences: Listed[Sequence], steps: int) -> dict[str, Array]:
-    """The feeds of one round: each sequence's next `steps`, side by side; nothing padded."""
+    """The feeds of one round: each sequence's next `steps`, side by side; nothing padded.
+
+    Raises InvalidInput where packed inputs have values that the contract forbids, of whichever sequence.
+    """
     feeds: dict[str, Array] = {}
-    for tensor in graph.inputs:
-        if tensor.role == "lengths":
-            feeds[tensor.name] = np.full(sum(s.rows for s in sequences), steps, tensor.numpy_dtype)
-        elif tensor.role == "row":
-            cells = np.concatenate([_cells(s) for s in sequences])
-            feeds[tensor.name] = np.repeat(np.arange(len(cells), dtype=tensor.numpy_dtype), cells)
-        else:
-            parts = [_part(tensor, s, steps) for s in sequences]
-            axis = tensor.batch_axis
-            feeds[tensor.name] = parts[0] if len(parts) == 1 or axis is None else np.concatenate(parts, axis)
+    if graph.packed is not None and all(type(s.inputs) is tuple for s in sequences):
+        for place, tensor in enumerate(graph.inputs):
+            feeds[tensor.name] = _packed(tensor, place, sequences, steps)
+    else:
+        for place, tensor in enumerate(graph.inputs):
+            if tensor.role == "lengths":
+                feeds[tensor.name] = np.full(sum(s.rows for s in sequences), steps, tensor.numpy_dtype)
+            elif tensor.role == "row":
+                cells = np.concatenate([_cells(s) for s in sequences])
+                feeds[tensor.name] = np.repeat(np.arange(len(cells), dtype=tensor.numpy_dtype), cells)
+            else:
+                parts = [_part(tensor, place, s, steps) for s in sequences]
+                axis = tensor.batch_axis
+                feeds[tensor.name] = parts[0] if len(parts) == 1 or axis is None else np.concatenate(parts, axis)
     if graph.states:
         rows = [s.state if s.state is not None else fresh(graph, s.rows) for s in sequences]
-        for state, array in zip(graph.states, stack_states(graph, rows), strict=True):
+        for state, array in zip(graph.states, stack_states(rows), strict=True):
             feeds[state.input] = array
     return feeds
 
 
 def split(graph: Graph, sequences: Listed[Sequence], results: Listed[Array], steps: int) -> None:
-    """Give each sequence its rows of a round's results (outputs, then next states), as views."""
-    bank = tuple(results[len(graph.outputs) :])
+    """Give each sequence its rows of a round's results (outputs, then next states)."""
+    count = len(graph.outputs)
+    bank = tuple(results[count:])
+    axes = graph.state_axes
+    shared = Results(results[:count], sum([s.rows for s in sequences]))
+    timed = graph.timed
     start = cell = 0
-    alone = len(sequences) == 1
     for s in sequences:
-        ragged = int(_cells(s).sum()) if s.cells is not None else 0
-        outputs: Outputs = {}
-        for tensor, array in zip(graph.outputs, results, strict=False):
-            if alone:
-                outputs[tensor.name] = array
-                continue
-            axis = tensor.batch_axis
-            assert axis is not None  # validate() refuses outputs without
-            lo, n = (cell, ragged) if tensor.ragged else (start, s.rows)
-            outputs[tensor.name] = array[(slice(None),) * axis + (slice(lo, lo + n),)] if axis else array[lo : lo + n]
-        s.take(graph, outputs, Rows(bank, start, s.rows), steps)
-        start += s.rows
-        cell += ragged
+        rows = s.rows
+        cells = int(_cells(s).sum()) if s.cells is not None else 0
+        s.done += steps
+        s.state = Rows(axes, bank, start, rows)
+        part = (shared, start, cell, cells)
+        if timed and s.parts:
+            s.parts.append(part)
+        else:
+            s.parts = [part]
+        start += rows
+        cell += cells
 
 
-def _part(tensor: Tensor, s: Sequence, steps: int) -> Array:
+def _packed(tensor: Tensor, place: int, sequences: Listed[Sequence], steps: int) -> Array:
+    """One row of each sequence, from bytes to numbers all at once."""
+    size = tensor.packed
+    parts: list[bytes] = []
+    for s in sequences:
+        assert isinstance(s.inputs, tuple)
+        part = s.inputs[place]
+        parts.append(part if s.steps == steps else part[s.done * size : (s.done + steps) * size])
+    array = np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), tensor.numpy_dtype)
+    check_values(tensor, array)
+    return array.reshape((len(parts), steps, *tensor.axes[2:]) if tensor.time_axis == 1 else (len(parts), *tensor.axes[1:]))
+
+
+def _part(tensor: Tensor, place: int, s: Sequence, steps: int) -> Array:
+    if isinstance(s.inputs, tuple):
+        return _packed(tensor, place, (s,), steps)
     array = s.inputs[tensor.name]
     axis = tensor.time_axis
     if axis is None or steps == s.steps:

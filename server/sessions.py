@@ -52,42 +52,62 @@ class Kept:
     replies: tuple[Answered, ...] = ()  # of the turns after `acknowledged`, in order
 
 
-@dataclass(slots=True, eq=False)
 class Pending:
-    """A turn that was begun. `work` is the caller's own; `again` are the callers who sent the same turn meanwhile."""
+    """A turn that was begun. `work` is the caller's own; `again` are the callers who sent the same turn meanwhile. One without
+    a digest can't be sent again, and its reply is not kept."""
 
-    turn: int
-    digest: bytes
-    work: Any
-    again: list[Any]
+    __slots__ = ("again", "digest", "turn", "work")
+
+    def __init__(self, turn: int, digest: bytes, work: Any) -> None:
+        self.turn = turn
+        self.digest = digest
+        self.work = work
+        self.again: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What becomes of a turn: `reply` where it was answered before; else `pending`, and `run` where nothing runs yet."""
+    """What becomes of a turn: `reply` where it was answered before; else it is in line, and `run` where nothing runs yet."""
 
     reply: bytes | None = None
-    pending: Pending | None = None
     run: bool = False
 
+
+_RUN = Begun(run=True)
+_IN_LINE = Begun()
 
 T = TypeVar("T", Answered, Pending)
 
 
 class Session:
-    """A session in memory: what is kept of it, and the turns under way."""
+    """A session in memory: what is kept of it, and the turns under way. The first five never change."""
 
-    __slots__ = ("expires", "kept", "line")
+    __slots__ = ("acknowledged", "expires", "fingerprint", "id", "line", "model", "replies", "state", "ttl", "turn", "version")
 
     def __init__(self, kept: Kept, expires: float) -> None:
-        self.kept = kept
+        self.id = kept.id
+        self.model = kept.model
+        self.version = kept.version
+        self.fingerprint = kept.fingerprint
+        self.ttl = kept.ttl
+        self.turn = kept.turn
+        self.acknowledged = kept.acknowledged
+        self.state = kept.state
+        self.replies = list(kept.replies)
         self.expires = expires
         self.line: deque[Pending] = deque()  # begun, not yet applied; the first is running
 
     @property
     def next(self) -> int:
         """The turn that comes next, after those under way."""
-        return self.kept.turn + len(self.line) + 1
+        return self.turn + len(self.line) + 1
+
+    @property
+    def kept(self) -> Kept:
+        """What is kept of it now."""
+        return Kept(
+            self.id, self.model, self.version, self.fingerprint, self.ttl, self.turn, self.acknowledged, self.state, tuple(self.replies)
+        )
 
 
 class Sessions:
@@ -111,7 +131,7 @@ class Sessions:
         """A new session, or one that was kept elsewhere, with `left` seconds to live (None: its ttl). Raises Conflict where its
         id lives, Overloaded past the quota."""
         if kept.id in self._live:
-            turn = self._live[kept.id].kept.turn
+            turn = self._live[kept.id].turn
             message = f"session {kept.id!r} is open; use another id, or go on with turn {turn + 1}"
             raise Conflict("SESSION_EXISTS", message, session=kept.id, turn=turn)
         if kept.id not in self._away and len(self) >= self._most:
@@ -140,50 +160,68 @@ class Sessions:
         why, turn = self._ended[id]
         return Gone(f"SESSION_{why.upper()}", f"session {id!r} {_HOW[why]} after turn {turn}; open a new one", session=id, turn=turn)
 
-    def begin(self, id: str, turn: int, digest: bytes, work: Any, acknowledged: int, now: float) -> Begun:
-        """Take turn `turn` of a session, with the digest of what it brings. Raises Gap, Conflict, Overloaded, or as find."""
-        session = self.find(id)
-        kept = session.kept
+    def live(self, id: str) -> Session | None:
+        """A session in memory."""
+        return self._live.get(id)
+
+    def begin(self, session: Session, turn: int, digest: bytes, work: Any, acknowledged: int, now: float) -> Begun:
+        """Take turn `turn` of a session, with the digest of what it brings (empty: it can't be sent again). Raises Conflict,
+        Overloaded."""
         self._touch(session, now)
-        if not 0 <= acknowledged <= kept.turn:
-            message = f"turn {acknowledged} is not answered yet; acknowledge at most"
-            raise self._refuse(Conflict, "ACKNOWLEDGED_AHEAD", message, session)
-        if acknowledged > kept.acknowledged:
-            kept = session.kept = replace(kept, acknowledged=acknowledged, replies=_after(kept.replies, acknowledged))
-        if turn < 1 or turn <= kept.acknowledged:
-            message = f"turn {turn} was answered and acknowledged; its reply is no longer kept; go on after"
-            raise self._refuse(Conflict, "ACKNOWLEDGED", message, session)
-        if turn <= kept.turn:
-            return Begun(reply=_same(kept.replies[turn - kept.acknowledged - 1], digest, session).reply)
-        place = turn - kept.turn - 1
-        if place < len(session.line):
-            pending = _same(session.line[place], digest, session)
-            pending.again.append(work)
-            return Begun(pending=pending)
-        if place > len(session.line):
-            begun = kept.turn + len(session.line)
+        last = session.turn
+        if acknowledged > session.acknowledged:
+            if acknowledged > last:
+                message = f"turn {acknowledged} is not answered yet; acknowledge at most"
+                raise self._refuse(Conflict, "ACKNOWLEDGED_AHEAD", message, session)
+            del session.replies[: acknowledged - session.acknowledged]
+            session.acknowledged = acknowledged
+        place = turn - last - 1
+        if place < 0:
+            if turn < 1 or turn <= session.acknowledged:
+                message = f"turn {turn} was answered and acknowledged; its reply is no longer kept; go on after"
+                raise self._refuse(Conflict, "ACKNOWLEDGED", message, session)
+            return Begun(reply=_same(session.replies[turn - session.acknowledged - 1], digest, session).reply)
+        line = session.line
+        if place < len(line):
+            pending = _same(line[place], digest, session)
+            pending.again += (work,)
+            return _IN_LINE
+        if place > len(line):
+            begun = last + len(line)
             message = f"turn {turn} leaves a gap after turn {begun}; send turn {begun + 1}; applied are turns up to"
             raise self._refuse(Conflict, "GAP", message, session)
-        if turn - kept.acknowledged > WINDOW:
+        if turn - session.acknowledged > WINDOW:
             message = f"{WINDOW} turns are unacknowledged; read their replies and acknowledge them; applied are turns up to"
             raise self._refuse(Overloaded, "UNACKNOWLEDGED", message, session)
-        pending = Pending(turn, digest, work, [])
-        session.line.append(pending)
-        return Begun(pending=pending, run=len(session.line) == 1)
+        line.append(Pending(turn, digest, work))
+        return _IN_LINE if place else _RUN
 
     def applied(self, session: Session, replies: Sequence[bytes], state: Any) -> Kept:
         """What the session is to be once the first turns in line, one per reply, are applied: to be stored first."""
-        kept = session.kept
         answered = [Answered(p.turn, p.digest, reply) for p, reply in zip(session.line, replies, strict=False)]
-        return replace(kept, turn=kept.turn + len(answered), state=state, replies=(*kept.replies, *answered))
+        last = session.turn + len(answered)
+        if answered and not answered[-1].digest:
+            return self._about(session, last, last, state, ())
+        return self._about(session, last, session.acknowledged, state, (*session.replies, *answered))
 
-    def commit(self, session: Session, kept: Kept, now: float) -> list[Pending]:
+    def commit(self, session: Session, replies: Sequence[bytes], state: Any, now: float) -> list[Pending]:
         """Make it so. Gives back the turns that are applied now, to be answered."""
-        done = [session.line.popleft() for _ in range(kept.turn - session.kept.turn)]
-        acknowledged = session.kept.acknowledged  # the caller may have acknowledged more meanwhile
-        session.kept = replace(kept, acknowledged=acknowledged, replies=_after(kept.replies, acknowledged))
+        done = []
+        for reply in replies:
+            pending = session.line.popleft()
+            session.turn = pending.turn
+            if pending.digest:
+                session.replies.append(Answered(pending.turn, pending.digest, reply))
+            else:  # its caller has no number to send it again by
+                session.acknowledged = pending.turn
+                session.replies.clear()
+            done.append(pending)
+        session.state = state
         self._touch(session, now)
         return done
+
+    def _about(self, s: Session, turn: int, acknowledged: int, state: Any, replies: tuple[Answered, ...]) -> Kept:
+        return Kept(s.id, s.model, s.version, s.fingerprint, s.ttl, turn, acknowledged, state, replies)
 
     def abort(self, session: Session) -> list[Pending]:
         """The first turn in line failed or was given up: it and those behind it are dropped, and given back to be told."""
@@ -195,7 +233,7 @@ class Sessions:
         """End a session; its turns under way are the caller's to abort. `why`: closed, expired, evicted, moved or unloaded."""
         session = self.find(id)
         del self._live[id]
-        self._end(id, why, session.kept.turn)
+        self._end(id, why, session.turn)
         return session
 
     def _end(self, id: str, why: str, turn: int) -> None:
@@ -220,7 +258,7 @@ class Sessions:
                     late.append(id)
                 continue
             if session.expires > now or session.line:  # it was used since: look again when it would now end
-                at = max(session.expires, now + session.kept.ttl) if session.line else session.expires
+                at = max(session.expires, now + session.ttl) if session.line else session.expires
                 heapq.heappush(self._deadlines, (at, next(self._tie), id))
                 session.expires = at
             else:
@@ -238,7 +276,8 @@ class Sessions:
     def put_away(self, session: Session, kept: Kept) -> None:
         """A session that is stored as `kept` leaves memory, unless it was used meanwhile. Its deadline stays."""
         id = kept.id
-        if self._live.get(id) is session and session.kept is kept and not session.line:
+        unused = session.turn == kept.turn and session.acknowledged == kept.acknowledged and not session.line
+        if self._live.get(id) is session and unused:
             del self._live[id]
             self._away[id] = (session.expires, kept.turn)
             heapq.heappush(self._deadlines, (session.expires, next(self._tie), id))
@@ -265,16 +304,16 @@ class Sessions:
         return sorted([*self._live, *self._away])
 
     def _touch(self, session: Session, now: float) -> None:
-        self._live.move_to_end(session.kept.id)
-        session.expires = now + session.kept.ttl  # the heap learns of it when the old deadline comes up
+        self._live.move_to_end(session.id)
+        session.expires = now + session.ttl  # the heap learns of it when the old deadline comes up
 
     def _next_deadline(self) -> float:
         return self._deadlines[0][0] if self._deadlines else 0.0
 
     def _refuse(self, kind: type[ServeError], reason: str, message: str, session: Session) -> ServeError:
-        turn = session.kept.turn
+        turn = session.turn
         retry = 0.05 if kind is Overloaded else None
-        return kind(reason, f"session {session.kept.id!r}: {message} turn {turn}", retry_after=retry, session=session.kept.id, turn=turn)
+        return kind(reason, f"session {session.id!r}: {message} turn {turn}", retry_after=retry, session=session.id, turn=turn)
 
 
 _HOW = {
@@ -283,13 +322,9 @@ _HOW = {
 }  # fmt: skip
 
 
-def _after(replies: tuple[Answered, ...], acknowledged: int) -> tuple[Answered, ...]:
-    return tuple(a for a in replies if a.turn > acknowledged)
-
-
 def _same(known: T, digest: bytes, session: Session) -> T:
     if known.digest != digest:
-        id, turn = session.kept.id, session.kept.turn
+        id, turn = session.id, session.turn
         raise Conflict(
             "OTHER_INPUT", f"session {id!r}: turn {known.turn} came before with another input: does someone else write to this session? "
             f"Last applied is turn {turn}", session=id, turn=turn,

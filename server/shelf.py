@@ -30,12 +30,15 @@ log = logging.getLogger(__name__)
 ID_LENGTH = 128
 
 
-@dataclass(frozen=True, slots=True)
 class Memory:
-    """What a session remembers: its row of state, and what of the input is not yet read (half a word)."""
+    """What a session remembers: its row of state, and what of the input is not yet read (half a word). Never changed once made;
+    no dataclass, since one is made for each turn."""
 
-    rows: Rows | None = None
-    rest: str = ""
+    __slots__ = ("rest", "rows")
+
+    def __init__(self, rows: Rows | None = None, rest: str = "") -> None:
+        self.rows = rows
+        self.rest = rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,11 @@ class Shelf:
         self.changed = threading.Condition(threading.Lock())
         self._stopping = False
         self._expiry = threading.Thread(target=self._expire, name="session-expiry", daemon=True)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the store keeps sessions as they go."""
+        return self._store.durability is not Durability.NONE
 
     def start(self) -> None:
         """Take up what survived, and begin to expire."""
@@ -192,7 +200,7 @@ class Shelf:
         model = self.model(kept)
         if fault := fits(record, model.bundle.graph):
             raise _unfit(kept, "STATE_MISMATCH", fault)
-        rows = Rows(record.arrays, 0, 1) if record.arrays is not None else None
+        rows = Rows(model.bundle.graph.state_axes, record.arrays, 0, 1) if record.arrays is not None else None
         left = record.expires - self._wall()
         with self.changed:
             self.sessions.open(replace(kept, state=Memory(rows, record.rest)), self._clock(), left)
@@ -210,7 +218,7 @@ class Shelf:
 
     def put_away(self) -> None:
         """Sessions beyond those that memory is to hold leave it for the store; they come back when they are used."""
-        if isinstance(self._store, MemoryStore):
+        if isinstance(self._store, MemoryStore) or len(self.sessions) <= self._limits.resident:
             return
         with self.changed:
             idle = [(session, session.kept) for session in self.sessions.idle(self._limits.resident)]
@@ -222,12 +230,14 @@ class Shelf:
             for session, kept in idle:
                 self.sessions.put_away(session, kept)
 
-    def model(self, kept: Kept) -> Model:
+    def model(self, kept: Kept | Session) -> Model:
         """The model that made a session's state. Raises Gone where it is not here, or another is under its name."""
-        try:
-            model = self._catalog.find(kept.model, kept.version)
-        except NotFound as e:
-            raise _unfit(kept, "MODEL_GONE", f"its model is not here: {e.message}") from None
+        model = self._catalog.exact(kept.model, kept.version)
+        if model is None:
+            try:
+                model = self._catalog.find(kept.model, kept.version)
+            except NotFound as e:
+                raise _unfit(kept, "MODEL_GONE", f"its model is not here: {e.message}") from None
         if model.bundle.fingerprint != kept.fingerprint:
             raise _unfit(kept, "FINGERPRINT_MISMATCH", f"another {kept.model!r} version {kept.version} made its state")
         return model
@@ -283,10 +293,10 @@ class Shelf:
 
 def _record(kept: Kept, expires: float) -> Record:
     memory: Memory = kept.state
-    return Record(kept, expires, memory.rows.bank if memory.rows is not None else None, memory.rest)
+    return Record(kept, expires, memory.rows.arrays() if memory.rows is not None else None, memory.rest)
 
 
-def _unfit(kept: Kept, reason: str, why: str) -> Gone:
+def _unfit(kept: Kept | Session, reason: str, why: str) -> Gone:
     message = f"session {kept.id!r} can't go on after turn {kept.turn}: {why}; open a new one"
     return Gone(reason, message, session=kept.id, turn=kept.turn)
 

@@ -10,59 +10,115 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable
 
 from server.catalog import Model
 from server.engine import Clock, Workers
 from server.errors import Conflict, ModelFailed, ServeError
-from server.inputs import Array, Sizes
-from server.sequence import Outputs, Sequence
-from server.sessions import Kept, Pending, Session
+from server.inputs import Sizes
+from server.sequence import Inputs, Packed, Sequence, Views
+from server.sessions import Begun, Kept, Pending, Session
 from server.shelf import Memory, Shelf
 from server.states import Rows
 
 log = logging.getLogger(__name__)
 
 Told = Callable[[bytes | ServeError], None]
+OWNED_AFTER = 64  # rounds after which a session that was not used since gets state of its own
 
 
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """How one turn is run: `inputs` are read for good, `glance` only for this turn's answer."""
+    """How one turn is run: `inputs` are read for good, `glance` only for this turn's answer. No dataclass, since one is made
+    for each turn."""
 
-    answer: Callable[[Outputs], bytes]
-    rest: str = ""
-    inputs: tuple[dict[str, Array], Sizes] | None = None
-    glance: tuple[dict[str, Array], Sizes] | None = None
+    __slots__ = ("answer", "glance", "inputs", "rest")
 
-
-class Brought(Protocol):
-    """What a turn brings: it plans itself, given the model and what the session has not yet read. Raises InvalidInput."""
-
-    def __call__(self, model: Model, rest: str) -> Plan: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Turn:
-    """The work of a pending turn."""
-
-    brought: Brought
-    told: Told
-    plan: Plan | None = None
-    after: Rows | None = None  # the state to keep, while the glance runs
-    cancel: Callable[[], None] = lambda: None
+    def __init__(
+        self, answer: Callable[[Views], bytes], rest: str = "", inputs: tuple[Inputs | Packed, Sizes] | None = None,
+        glance: tuple[Inputs | Packed, Sizes] | None = None,
+    ) -> None:  # fmt: skip
+        self.answer = answer
+        self.rest = rest
+        self.inputs = inputs
+        self.glance = glance
 
 
-@dataclass(frozen=True, slots=True)
+class Turn(ABC):
+    """What a caller brings, and the caller. The fields are of the file that runs it."""
+
+    __slots__ = ("after", "model", "plan", "sequence", "session", "turns")
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.after: Rows | None = None  # the state to keep, while the glance runs
+        self.sequence: Sequence | None = None  # while it is under way
+
+    @abstractmethod
+    def brought(self, model: Model, rest: str) -> Plan:
+        """How it is run, given the model and what the session has not yet read. Raises InvalidInput."""
+
+    @abstractmethod
+    def told(self, reply: bytes | ServeError) -> None:
+        """Its reply, or why there is none. Called once."""
+
+    def flush(self) -> None:
+        """All that this round had to tell was told."""
+        return
+
+    def _ran(self, sequence: Sequence, outputs: Views) -> None:
+        self.turns.ran(self, sequence, outputs)
+
+    def _failed(self, error: ServeError) -> None:
+        self.turns.failed(self.session, error)
+
+    turns: Turns
+    session: Session
+    model: Model
+
+    def start(self, turns: Turns, session: Session, model: Model) -> None:
+        """Run from the session's state. Raises InvalidInput, Overloaded, Draining."""
+        self.turns, self.session, self.model = turns, session, model
+        memory: Memory = session.state
+        plan = self.plan = self.brought(model, memory.rest)
+        part = plan.inputs or plan.glance
+        assert part is not None, "a plan runs something"
+        self.sequence = Sequence(model.bundle.main, *part, self._ran, self._failed, memory.rows)
+        model.engine.submit(self.sequence)
+
+    def cancel(self) -> None:
+        """Stop what runs for it."""
+        if self.sequence is not None:
+            self.model.engine.cancel(self.sequence)
+
+
+class Asked(Turn):
+    """A turn made of functions."""
+
+    __slots__ = ("_brought", "_told")
+
+    def __init__(self, brought: Callable[[Model, str], Plan], told: Told) -> None:
+        super().__init__()
+        self._brought = brought
+        self._told = told
+
+    def brought(self, model: Model, rest: str) -> Plan:
+        return self._brought(model, rest)
+
+    def told(self, reply: bytes | ServeError) -> None:
+        self._told(reply)
+
+
 class _Ran:
     """A turn that ran and is not yet applied."""
 
-    session: Session
-    reply: bytes
-    memory: Memory
+    __slots__ = ("memory", "reply", "session")
+
+    def __init__(self, session: Session, reply: bytes, memory: Memory) -> None:
+        self.session = session
+        self.reply = reply
+        self.memory = memory
 
 
 class _Round(threading.local):
@@ -81,24 +137,35 @@ class Turns:
         self._changed = shelf.changed
         self._clock = clock
         self._round = _Round()
+        self._shared: deque[list[_Ran]] = deque()  # by round, those whose states may still lie in its bank
         workers.after_round = self._after_round
 
-    def turn(self, id: str, turn: int | None, digest: bytes, brought: Brought, acknowledged: int | None, told: Told) -> None:
-        """Take a turn; `told` is called once with its reply or why there is none, from this thread or a worker's.
+    def turn(self, id: str, turn: int | None, digest: bytes, work: Turn, acknowledged: int | None) -> None:
+        """Take a turn; it is told once of its reply or why there is none, from this thread or a worker's.
 
         A caller that does not number its turns (None) means the next, and can't send one again; one that acknowledges
         nothing (None) has the reply of every turn before this one.
         """
-        with self._shelf.held(id) as session:
-            if turn is None:
-                turn = session.next
-            if acknowledged is None:
-                acknowledged = max(0, min(turn - 1, session.kept.turn))
-            begun = self._sessions.begin(id, turn, digest, _Turn(brought, told), acknowledged, self._clock())
+        sessions = self._sessions
+        with self._changed:
+            session = sessions.live(id)
+            if session is not None:
+                begun = self._begin(session, turn, digest, work, acknowledged)
+        if session is None:
+            with self._shelf.held(id) as session:
+                begun = self._begin(session, turn, digest, work, acknowledged)
         if begun.reply is not None:
-            told(begun.reply)
+            work.told(begun.reply)
         elif begun.run:
             self._run(session)
+
+    def _begin(self, session: Session, turn: int | None, digest: bytes, work: Turn, acknowledged: int | None) -> Begun:
+        if turn is None:
+            turn = session.next
+            digest = b""
+        if acknowledged is None:
+            acknowledged = max(0, min(turn - 1, session.turn))
+        return self._sessions.begin(session, turn, digest, work, acknowledged, self._clock())
 
     def close(self, id: str) -> Kept:
         """End a session; turns under way are told that it is closed."""
@@ -116,98 +183,118 @@ class Turns:
         if dropped:
             dropped[0].work.cancel()
             self._tell(dropped, told)
+            self._flush(dropped)
         return session.kept
 
     def _run(self, session: Session) -> None:
         """Start the first turn in line, from the session's state."""
-        first = session.line[0]
+        work: Turn = session.line[0].work
         try:
-            model = self._shelf.model(session.kept)
-            inputs, sizes = self._plan(model, session, first)
-            sequence = Sequence(
-                model.bundle.main, inputs, sizes, lambda s, o: self._ran(model, session, s, o), lambda e: self._failed(session, e),
-                session.kept.state.rows,
-            )  # fmt: skip
-            first.work.cancel = partial(model.engine.cancel, sequence)
-            model.engine.submit(sequence)
+            work.start(self, session, self._shelf.model(session))
         except ServeError as e:
-            self._failed(session, e)
+            self.failed(session, e)
         except Exception as e:  # a task's bug must end this turn, not leave the session waiting for it
-            log.exception("session %s: a turn could not be run", session.kept.id)
-            self._failed(session, ModelFailed("TURN_FAILED", f"the turn could not be run: {e}"))
+            log.exception("session %s: a turn could not be run", session.id)
+            self.failed(session, ModelFailed("TURN_FAILED", f"the turn could not be run: {e}"))
 
-    def _plan(self, model: Model, session: Session, pending: Pending) -> tuple[dict[str, Array], Sizes]:
-        work: _Turn = pending.work
-        plan = work.plan = work.brought(model, session.kept.state.rest)
-        part = plan.inputs or plan.glance
-        assert part is not None, "a plan runs something"
-        return part
-
-    def _ran(self, model: Model, session: Session, sequence: Sequence, outputs: Outputs) -> None:
+    def ran(self, work: Turn, sequence: Sequence, outputs: Views) -> None:
         """The turn's steps ran: glance ahead if it needs to, else it is ready to be applied when the round is over."""
-        first = session.line[0] if session.line else None
-        if first is None:
+        session = work.session
+        if not session.line or session.line[0].work is not work:
             return  # closed meanwhile
-        work: _Turn = first.work
+        if sequence is work.sequence:
+            work.sequence = None  # they know each other: leave no ring for the garbage collector
         plan = work.plan
         assert plan is not None
-        if plan.inputs is not None and plan.glance is not None and work.after is None:
+        if plan.inputs is None:
+            rows = session.state.rows
+        elif plan.glance is None:
+            rows = sequence.state
+        elif work.after is None:
             work.after = sequence.state
-            sequence.go_on(model.bundle.main, *plan.glance, sequence.state)
+            work.sequence = sequence
+            glance, sizes = plan.glance
+            sequence.go_on(work.model.bundle.main, glance, sizes, sequence.state)
             return
-        rows = session.kept.state.rows
-        if plan.inputs is not None:
-            rows = work.after or sequence.state
-            assert rows is not None
-            rows = rows.own(model.bundle.graph)  # a view would keep the whole round's bank for one idle session
+        else:
+            rows = work.after
         self._round.ran.append(_Ran(session, plan.answer(outputs), Memory(rows, plan.rest)))
 
     def _after_round(self) -> None:
         """All turns that a round of this thread completed: store them in one commit, apply them, answer, and go on with what
         waits in line. Stored before they are applied: nobody is told of a turn that a crash could undo."""
-        ran, self._round.ran = self._round.ran, []
+        ran = self._round.ran
         if not ran:
             return
+        self._round.ran = []
+        moved = self._store(ran) if self._shelf.keeps else frozenset()
+        if moved is None:
+            return
+        closed: list[str] = []
+        told: list[tuple[list[Pending], bytes]] = []
+        following: list[Session] = []
+        now = self._clock()
         with self._changed:
-            applied = [(t, self._sessions.applied(t.session, [t.reply], t.memory)) for t in ran if t.session.line]
+            for r in ran:
+                session = r.session
+                if session.id in moved:
+                    continue
+                if not session.line:  # closed meanwhile: it must not come back from the store
+                    closed.append(session.id)
+                    continue
+                told.append((self._sessions.commit(session, (r.reply,), r.memory, now), r.reply))
+                if session.line:
+                    following.append(session)
+            self._shared.append(ran)
+            if len(self._shared) > OWNED_AFTER:
+                self._own(self._shared.popleft())
+        for r in ran:
+            r.reply = b""  # the session has it; `ran` is kept for the states' sake
+        for done, reply in told:
+            self._tell(done, reply)
+        self._flush(pending for done, _ in told for pending in done)
+        for session in following:
+            self._run(session)
+        for id in moved:
+            self._end(id, "moved")
+        if closed and self._shelf.keeps:
+            self._shelf.write((), closed)
+        self._shelf.put_away()
+
+    def _store(self, ran: list[_Ran]) -> frozenset[str] | None:
+        """Store what was run; gives the ids that another server has taken up since, or None where nothing could be stored."""
+        with self._changed:
+            kept = [self._sessions.applied(r.session, (r.reply,), r.memory) for r in ran if r.session.line]
         try:
-            moved = self._shelf.write([kept for _, kept in applied])
+            return self._shelf.write(kept)
         except Exception as e:  # whatever the store's trouble, each caller must be told, and no session be left waiting
             if not isinstance(e, ServeError):
                 log.exception("turns could not be stored")
                 e = ModelFailed("STORE_FAILED", f"the turn could not be stored: {e}")
-            for turn, _ in applied:
-                self._failed(turn.session, e)
-            return
-        closed = []
-        for turn, kept in applied:
-            if kept.id in moved:
-                self._end(kept.id, "moved")
-                continue
-            with self._changed:
-                over = not turn.session.line  # closed meanwhile: it must not come back from the store
-                done = [] if over else self._sessions.commit(turn.session, kept, self._clock())
-                following = bool(turn.session.line)
-            if over:
-                closed.append(kept.id)
-            self._tell(done, turn.reply)
-            if following:
-                self._run(turn.session)
-        if closed:
-            self._shelf.write((), closed)
-        self._shelf.put_away()
+            for r in ran:
+                self.failed(r.session, e)
+            return None
 
-    def _failed(self, session: Session, error: ServeError) -> None:
+    def _own(self, ran: list[_Ran]) -> None:
+        """States that still lie in an old round's bank get arrays of their own: one idle session must not keep the whole bank.
+        With the lock held."""
+        for r in ran:
+            memory = r.memory
+            if r.session.state is memory and memory.rows is not None:
+                r.session.state = Memory(memory.rows.own(), memory.rest)
+
+    def failed(self, session: Session, error: ServeError) -> None:
         """The first turn in line could not be run: it is told why, those behind it that they come too early now."""
         with self._changed:
             dropped = self._sessions.abort(session)
         if not dropped:
             return
-        id, turn = session.kept.id, session.kept.turn
+        id, turn = session.id, session.turn
         error.facts.update(session=id, turn=str(turn))
         self._tell(dropped[:1], error)
         message = f"session {id!r}: turn {turn + 1} before this one failed; send it again first; last applied is turn {turn}"
         self._tell(dropped[1:], Conflict("GAP", message, session=id, turn=turn))
+        self._flush(dropped)
 
     def _tell(self, turns: list[Pending], reply: bytes | ServeError) -> None:
         for pending in turns:
@@ -215,4 +302,12 @@ class Turns:
                 try:
                     work.told(reply)
                 except Exception:  # one caller's broken stream must not keep others from their replies
+                    log.exception("a reply could not be delivered")
+
+    def _flush(self, turns: Iterable[Pending]) -> None:
+        for pending in turns:
+            for work in (pending.work, *pending.again):
+                try:
+                    work.flush()
+                except Exception:
                     log.exception("a reply could not be delivered")

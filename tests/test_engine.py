@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from server.engine import Workers
 from server.errors import DeadlineExceeded, Draining, ModelFailed, Overloaded, ServeError
 from server.metrics import Metrics
 from server.rounds import Limits
-from server.sequence import Outputs, Sequence
+from server.sequence import Outputs, Sequence, Views
 from tests import models
 
 Array = np.ndarray[Any, Any]
@@ -63,7 +64,7 @@ class Bench:
         return r.tickets, r.waiting_rows, r.running_rows, r.waiting_steps
 
 
-def alone(model: Model, **inputs: Array) -> Outputs:
+def alone(model: Model, **inputs: Array) -> Mapping[str, Array]:
     """The answer of one bare run over the whole sequence."""
     onnx = model.engine.graphs[model.bundle.main]
     rows = next(iter(inputs.values())).shape[0]
@@ -71,8 +72,8 @@ def alone(model: Model, **inputs: Array) -> Outputs:
     return dict(zip(onnx.outputs, onnx.run(feeds), strict=True))
 
 
-def equal(answer: Outputs | ServeError, expected: Outputs) -> bool:
-    assert isinstance(answer, dict), answer
+def equal(answer: Outputs | ServeError, expected: Mapping[str, Array]) -> bool:
+    assert isinstance(answer, Mapping), answer
     return bool(answer) and all(np.array_equal(array, expected[name]) for name, array in answer.items())
 
 
@@ -159,7 +160,7 @@ def test_a_deadline_ends_the_waiting(library: Path) -> None:
     bench.now = 102.0
     bench.run()
     assert isinstance(bench.answers["late"], DeadlineExceeded)
-    assert isinstance(bench.answers["patient"], dict)
+    assert isinstance(bench.answers["patient"], Views)
     with pytest.raises(DeadlineExceeded):
         bench.ask("reader", "past", deadline=101.0, tokens=np.ones((1, 2), np.int64))
     assert bench.counts("reader") == (0, 0, 0, 0)
@@ -191,7 +192,7 @@ def test_a_broken_answer_harms_no_neighbour(library: Path) -> None:
     bench.ask("reader", "neighbour", tokens=np.ones((1, 2), np.int64))
     bench.run()
     assert [e.reason for e in errors] == ["ANSWER_FAILED"]
-    assert isinstance(bench.answers["neighbour"], dict)
+    assert isinstance(bench.answers["neighbour"], Views)
     assert bench.counts("reader") == (0, 0, 0, 0)
 
 
@@ -203,7 +204,7 @@ def test_drain_finishes_what_runs_and_refuses_the_rest(library: Path) -> None:
     with pytest.raises(Draining):
         bench.ask("reader", "new", tokens=np.ones((1, 1), np.int64))
     bench.run()
-    assert isinstance(bench.answers["first"], dict)
+    assert isinstance(bench.answers["first"], Views)
     assert bench.workers.drain(0)
 
     other = Bench(library)

@@ -15,13 +15,19 @@ from tests.stories import check, stories
 FOLDER = Path(__file__).parent / "stories" / "rounds"
 
 
+class Named(Ticket):
+    """A ticket that a story can speak of."""
+
+    name = ""
+
+
 class Queue:
     """Rounds, told by a story."""
 
     def __init__(self) -> None:
-        self.rounds = Rounds(Limits())
-        self.tickets: dict[str, Ticket] = {}
-        self.ran: list[Round] = []
+        self.rounds: Rounds[Named] = Rounds(Limits())
+        self.tickets: dict[str, Named] = {}
+        self.ran: list[Round[Named]] = []
 
     def tell(self, line: str) -> str:
         command, *words = line.split()
@@ -37,9 +43,8 @@ class Queue:
     def arrive(
         self, name: str, key: str = "step", rows: str = "1", steps: str = "1", cut: str = "yes", shared: str = "yes", deadline: str = ""
     ) -> str:
-        ticket = Ticket(
-            key, int(rows), int(steps), cut=cut == "yes", shared=shared == "yes", deadline=float(deadline) if deadline else None, name=name
-        )
+        ticket = Named(key, int(rows), int(steps), cut=cut == "yes", shared=shared == "yes", deadline=float(deadline) if deadline else None)
+        ticket.name = name
         try:
             self.rounds.admit(ticket, 0.0)
         except Overloaded as e:
@@ -113,7 +118,7 @@ def test_everyone_is_served(
     for t in tickets:
         rounds.admit(t, 0.0)
     advanced = dict.fromkeys(tickets, 0)
-    running: list[Round] = []
+    running: list[Round[Named]] = []
     while True:
         while len(running) < workers and (round := rounds.next()):
             assert round.rows <= max(rows, max(t.rows for t in round.tickets))

@@ -39,20 +39,22 @@ class Told:
         return f"{id} is open"
 
     def turn(self, id: str, turn: str, text: str, acknowledged: str = "0") -> str:
-        begun = self.sessions.begin(id, int(turn), text.encode(), text, int(acknowledged), self.now)
+        session = self.sessions.find(id)
+        begun = self.sessions.begin(session, int(turn), text.encode(), text, int(acknowledged), self.now)
         if begun.reply is not None:
             return f"{id}@{turn} replayed: {begun.reply.decode()}"
-        return f"{id}@{turn} " + (
-            "runs" if begun.run else "is under way, and will be told twice" if begun.pending and begun.pending.again else "waits"
-        )
+        twice = any(p.again for p in session.line if p.turn == int(turn))
+        return f"{id}@{turn} " + ("runs" if begun.run else "is under way, and will be told twice" if twice else "waits")
 
     def ran(self, id: str, count: str = "1") -> str:
         session = self.sessions.find(id)
-        state, replies = session.kept.state, []
+        state, replies = session.state, []
         for pending in list(session.line)[: int(count)]:
             state += pending.work
             replies.append(f"read {state}".encode())
-        done = self.sessions.commit(session, self.sessions.applied(session, replies, state), self.now)
+        kept = self.sessions.applied(session, replies, state)
+        done = self.sessions.commit(session, replies, state, self.now)
+        assert session.kept == kept, "what was stored is what was applied"
         return "\n".join(f"{id}@{p.turn} => {r.decode()}" + ", twice" * bool(p.again) for p, r in zip(done, replies, strict=True))
 
     def failed(self, id: str) -> str:
@@ -136,7 +138,7 @@ class AgainstTheModel(RuleBasedStateMachine):
         refused: Conflict | None = None
         begun = Begun()
         try:
-            begun = self.sessions.begin(id, turn, text.encode(), text, acknowledged, self.now)
+            begun = self.sessions.begin(self.sessions.find(id), turn, text.encode(), text, acknowledged, self.now)
         except (NotFound, Gone):
             assert id not in self.applied
             return
@@ -160,7 +162,10 @@ class AgainstTheModel(RuleBasedStateMachine):
         self.applied[id] += works
         first = session.kept.turn + 1
         replies = [self._reply(id, first + i) for i in range(len(works))]
-        self.sessions.commit(session, self.sessions.applied(session, replies, "".join(self.applied[id])), self.now)
+        state = "".join(self.applied[id])
+        kept = self.sessions.applied(session, replies, state)
+        self.sessions.commit(session, replies, state, self.now)
+        assert session.kept == kept, "what was stored is what was applied"
 
     @rule(id=ids)
     def failed(self, id: str) -> None:

@@ -20,7 +20,7 @@ from server.errors import InvalidInput, ServeError, listed
 from server.inputs import Array, Sizes
 from server.rpc.parameters import number, whole
 from server.rpc.shared_memory import REGION, Place, place
-from server.sequence import Outputs, Sequence
+from server.sequence import Sequence
 from server.tasks.classify import Classifier
 from server.tasks.generate import Drawn, Generated, Generator
 from server.tasks.generate import Wanted as Wishes
@@ -33,8 +33,14 @@ TRANSLATION = Tensor("TRANSLATION", "string", (BATCH, 1), "the text in the other
 
 CONTINUATION = Tensor("CONTINUATION", "string", (BATCH, 1), "how the text goes on; in a stream, a piece of it")
 
-Then = Callable[[Sequence, Outputs], None]
+Then = Callable[[Sequence, "Values"], None]
 Failed = Callable[[ServeError], None]
+
+
+class Values(Protocol):
+    """Outputs by name: a round's, or a task's."""
+
+    def __getitem__(self, name: str, /) -> Array: ...
 
 
 class Texts(Protocol):
@@ -48,16 +54,16 @@ class Texts(Protocol):
     def streams(self) -> bool:
         """Whether it answers in pieces where its caller takes them."""
 
-    def more(self, outputs: Outputs) -> Outputs:
+    def more(self, outputs: Values) -> Values:
         """The outputs of a call by tensors, with those of the task that can be told from them."""
 
     def start(
-        self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Outputs], None] | None,
+        self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
         deadline: float | None,
     ) -> Sequence:  # fmt: skip
         """Queue one text; where the task streams, `said` is called with each piece. Raises InvalidInput."""
 
-    def turn(self, text: str, rest: str, answer: Callable[[Outputs], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
         """One piece of a sequence's text. Raises InvalidInput where the task takes no pieces."""
 
 
@@ -71,11 +77,12 @@ class _Labels:
         own = model.bundle.graph.outputs
         self.outputs = (LABEL, *(t for t in own if t.time_axis is None and t.batch_axis == 0))
 
-    def more(self, outputs: Outputs) -> Outputs:
-        return {**outputs, LABEL.name: self._labels[outputs["probabilities"].argmax(1)][:, None]}
+    def more(self, outputs: Values) -> Values:
+        label = self._labels[outputs["probabilities"].argmax(1)][:, None]
+        return {LABEL.name: label, **{t.name: outputs[t.name] for t in self._model.bundle.graph.outputs}}
 
     def start(
-        self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Outputs], None] | None,
+        self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
         deadline: float | None,
     ) -> Sequence:  # fmt: skip
         ids = self._task.ids(text)
@@ -85,7 +92,7 @@ class _Labels:
         self._model.engine.submit(sequence, deadline)
         return sequence
 
-    def turn(self, text: str, rest: str, answer: Callable[[Outputs], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
         read = self._task.read(text, rest)
         glance = ({"tokens": read.glance[None]}, Sizes(1, len(read.glance)))
         words = None if read.words is None else ({"tokens": read.words[None]}, Sizes(1, len(read.words)))
@@ -99,11 +106,11 @@ class _Translations:
     def __init__(self, task: Translator) -> None:
         self._task = task
 
-    def more(self, outputs: Outputs) -> Outputs:
+    def more(self, outputs: Values) -> Values:
         return outputs
 
     def start(
-        self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Outputs], None] | None,
+        self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
         deadline: float | None,
     ) -> Sequence:  # fmt: skip
         given = request.parameters
@@ -118,7 +125,7 @@ class _Translations:
 
         return self._task.start(text, Wanted(beam, most), done, failed, told if said is not None else None, deadline)
 
-    def turn(self, text: str, rest: str, answer: Callable[[Outputs], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
         raise InvalidInput("NO_TURNS", "this model answers whole texts: send them without a sequence_id")
 
 
@@ -129,11 +136,11 @@ class _Continuations:
     def __init__(self, task: Generator) -> None:
         self._task = task
 
-    def more(self, outputs: Outputs) -> Outputs:
+    def more(self, outputs: Values) -> Values:
         return outputs
 
     def start(
-        self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Outputs], None] | None,
+        self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
         deadline: float | None,
     ) -> Sequence:  # fmt: skip
         given = request.parameters
@@ -152,7 +159,7 @@ class _Continuations:
         wishes = Wishes(Manner(heat, top_k), seed, most, stop)
         return self._task.start(text, wishes, done, failed, drawn if said is not None else None, deadline)
 
-    def turn(self, text: str, rest: str, answer: Callable[[Outputs], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
         raise InvalidInput("NO_TURNS", "over this protocol TEXT is gone on with at once: send it without a sequence_id")
 
 

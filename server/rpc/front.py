@@ -116,11 +116,22 @@ class Options:
 DEFAULTS = Options()
 
 
+class Besides(Protocol):
+    """Work that a front's own thread may do while nothing arrives, so that no other thread need be woken for it."""
+
+    def attend(self) -> None:
+        """The front's thread is about: it will call `brief` before it sleeps."""
+
+    def brief(self) -> bool:
+        """Do a piece of work of about a millisecond. False where there is none; the thread may sleep then."""
+
+
 class Front(Protocol):
     """Carries calls between the network and handlers. Life: construct, `listen` (once per address), `start`, `drain`, `stop`."""
 
-    def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS) -> None:
-        """`methods` is keyed by full name; a call of any other name gets UNIMPLEMENTED and a list of what there is."""
+    def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS, besides: Besides | None = None) -> None:
+        """`methods` is keyed by full name; a call of any other name gets UNIMPLEMENTED and a list of what there is. `besides` is
+        done by the front's thread where it has one of its own to lend."""
 
     @property
     def live(self) -> int:

@@ -20,13 +20,14 @@ from server.errors import InvalidInput, NotFound, ServeError
 from server.inputs import check
 from server.rpc import model_config, parameters, wire
 from server.rpc.answer import Answer, Asked, Desk
-from server.rpc.face import TEXT, Face
+from server.rpc.face import TEXT, Face, Values
 from server.rpc.front import Method
 from server.rpc.parameters import SERVICE, Parameters
 from server.rpc.shared_memory import REGION, Place, Regions
 from server.rpc.tasks import MOST_LETTERS
 from server.sequence import Outputs, Sequence
 from server.shelf import Shelf
+from server.turns import Asked as AskedTurn
 from server.turns import Plan, Turns
 
 EXTENSIONS = (
@@ -135,14 +136,14 @@ class Inference:
         deadline = given.deadline(answer.deadline)
         streamed = pieces if task.streams and len(texts) == 1 else None
 
-        def said(outputs: Outputs) -> None:
+        def said(outputs: Values) -> None:
             assert streamed is not None
             streamed.send(self._response(request, given, model, wanted, places, outputs))
 
         if streamed is not None and places:
             raise InvalidInput("PIECES_APART", "each piece would overwrite the one before: ask for outputs in the response itself")
 
-        def done(results: list[Outputs]) -> None:
+        def done(results: list[Values]) -> None:
             if streamed is not None:
                 streamed.last()
                 return
@@ -203,11 +204,11 @@ class Inference:
 
             return Plan(reply, inputs=(inputs, check(model.bundle.graph, inputs, 1)))
 
-        self._turns.turn(id, turn, b"" if turn is None else _digest(request), brought, None, told)
+        self._turns.turn(id, turn, b"" if turn is None else _digest(request), AskedTurn(brought, told), None)
 
     def _response(
         self, request: pb.ModelInferRequest, given: Parameters, model: Model, wanted: Listed[Tensor], places: Mapping[str, Place],
-        outputs: Outputs,
+        outputs: Values,
     ) -> pb.ModelInferResponse:  # fmt: skip
         response = pb.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
         if given.sequence:
@@ -230,12 +231,12 @@ class Inference:
 class _Rows:
     """The sequences of one request's texts: one answer when the last is done, one error for the first that fails."""
 
-    def __init__(self, engine: Engine, count: int, done: Callable[[list[Outputs]], None], answer: Asked) -> None:
+    def __init__(self, engine: Engine, count: int, done: Callable[[list[Values]], None], answer: Asked) -> None:
         self._engine = engine
         self._done = done
         self._answer = answer
         self._lock = threading.Lock()  # results come from several workers
-        self._results: list[Outputs] = [{}] * count
+        self._results: list[Values] = [{}] * count
         self._missing = count
         self._over = False
         self._sequences: list[Sequence] = []
@@ -247,8 +248,8 @@ class _Rows:
         if over:
             self._engine.cancel(sequence)
 
-    def put(self, at: int) -> Callable[[Sequence, Outputs], None]:
-        def then(sequence: Sequence, outputs: Outputs) -> None:
+    def put(self, at: int) -> Callable[[Sequence, Values], None]:
+        def then(sequence: Sequence, outputs: Values) -> None:
             with self._lock:
                 self._results[at] = outputs
                 self._missing -= 1

@@ -22,6 +22,7 @@ from server.rpc.front import (
     DEFAULTS,
     HANDLER_FAILED,
     NO_REQUEST,
+    Besides,
     Metadata,
     Method,
     Options,
@@ -231,7 +232,7 @@ def _the_loop() -> asyncio.AbstractEventLoop:
 class PublicFront:
     """See the module for what it costs and `front.Front` for what each method promises."""
 
-    def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS) -> None:
+    def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS, besides: Besides | None = None) -> None:
         self.options = options
         self.loop = _the_loop()
         self._methods = dict(methods)

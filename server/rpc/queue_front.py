@@ -31,6 +31,7 @@ from server.rpc.front import (
     DEFAULTS,
     HANDLER_FAILED,
     NO_REQUEST,
+    Besides,
     Kind,
     Metadata,
     Method,
@@ -53,7 +54,7 @@ _NEEDED = {
     "Call": ("start_server_batch", "cancel", "peer"),
     "CallDetails": ("method", "deadline"),
     "CompletionQueue": ("poll", "shutdown"),
-    "CompletionType": ("queue_shutdown",),
+    "CompletionType": ("queue_shutdown", "queue_timeout"),
     "ReceiveCloseOnServerOperation": ("__init__",),
     "ReceiveMessageOperation": ("message",),
     "RequestCallEvent": ("success", "call", "call_details", "invocation_metadata"),
@@ -63,6 +64,7 @@ _NEEDED = {
     "Server": ("register_completion_queue", "add_http2_port", "start", "request_call", "shutdown", "cancel_all_calls", "destroy"),
     "WriteFlag": ("buffer_hint",),
 }
+EVENTS = 48  # most events handled before the work besides has its turn, however many more there are
 _NEVER = 1e11  # seconds since 1970; gRPC writes "no deadline" as a time far beyond it
 
 
@@ -328,8 +330,9 @@ def _nobody(call: object, message: bytes) -> None:
 class QueueFront:
     """A front of one polling thread; see the module for how calls pass and `front.Front` for what each method promises."""
 
-    def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS) -> None:
+    def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS, besides: Besides | None = None) -> None:
         self.options = options
+        self._besides = besides
         self._methods = dict(methods)
         self._table = {name.encode(): (_KINDS[method.kind], name, method.start) for name, method in methods.items()}
         self._queue = cygrpc.CompletionQueue()
@@ -383,10 +386,23 @@ class QueueFront:
         self._server.destroy()
 
     def _poll(self) -> None:
-        """The one loop: every event's tag is the method to call with it."""
+        """The one loop: every event's tag is the method to call with it. Between events, what there is to do besides."""
+        besides = self._besides
+        poll = self._queue.poll
+        timeout = cygrpc.CompletionType.queue_timeout
+        events = 0  # since the work besides had its turn
+        working = False  # there may be more of it: look for events, but do not sleep
         while True:
             try:
-                event = self._queue.poll()
+                event = poll(0) if working else poll()
+                if besides is not None:
+                    if event.completion_type == timeout or events >= EVENTS:
+                        events = 0
+                        working = besides.brief()
+                    if event.completion_type != timeout and not working:
+                        besides.attend()
+                        working = True
+                    events += 1
                 if event.tag is not None:
                     event.tag(event)
                 elif event.completion_type == cygrpc.CompletionType.queue_shutdown:

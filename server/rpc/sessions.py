@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Mapping
+from functools import lru_cache, partial
+from hashlib import blake2b
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from contract.bundle import Graph, Tensor
 from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server.catalog import Model
@@ -18,12 +20,12 @@ from server.rpc import wire
 from server.rpc.answer import Answer, Desk, malformed
 from server.rpc.front import Call, Method, Receiver, stream
 from server.rpc.tasks import read_series, write_classification, write_series
-from server.sequence import Outputs
+from server.sequence import Outputs, Views
 from server.sessions import Kept
 from server.shelf import Shelf
 from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
-from server.turns import Plan, Told, Turns
+from server.turns import Plan, Turn, Turns
 
 SERVICE = "seqserve.v1.Sessions"
 _TURNS = b"\x0a"  # the tag of TurnsReply.turns: field 1, a length follows
@@ -52,13 +54,7 @@ class Sessions:
         answer.done(_info(self._shelf.open(request.model.name, request.model.version, request.session, request.ttl)))
 
     def turn(self, request: pb.TurnRequest, answer: Answer) -> None:
-        def told(reply: bytes | ServeError) -> None:
-            if isinstance(reply, ServeError):
-                answer.fail(reply)
-            else:
-                answer.done_bytes(reply)
-
-        _take(self._turns, request, told)
+        _take(self._turns, request, _InCall(request, answer))
 
     def export(self, request: pb.ExportRequest, answer: Answer) -> None:
         record, pages = self._shelf.export(request.session, request.move)
@@ -73,7 +69,7 @@ class Sessions:
 
 
 class _Stream(Receiver):
-    """One open stream of turns, of any number of sessions."""
+    """One open stream of turns, of any number of sessions. What one round answers leaves as one message."""
 
     def __init__(self, turns: Turns, call: Call, answer: Answer) -> None:
         self._turns = turns
@@ -82,6 +78,8 @@ class _Stream(Receiver):
         self._due = 0  # turns taken and not yet answered; the front's thread counts up, workers count down
         self._lock = threading.Lock()
         self._ended = False
+        self._replies: list[bytes] = []  # to be sent: each a TurnReply, and what stands before it
+        self._size = 0
         self._refused: dict[str, int] = {}  # by session, a turn of this stream that was refused
         answer.cancel_by(lambda: None)  # turns that were begun run on: their caller may come back for the replies
 
@@ -91,10 +89,12 @@ class _Stream(Receiver):
         except DecodeError:
             self._answer.fail(malformed(pb.TurnsRequest))
             return
+        turns = request.turns
         with self._lock:
-            self._due += len(request.turns)
-        for turn in request.turns:
+            self._due += len(turns)
+        for turn in turns:
             self._take(turn)
+        self.flush()
 
     def on_end(self) -> None:
         with self._lock:
@@ -103,40 +103,52 @@ class _Stream(Receiver):
         if over:
             self._answer.done()
 
-    def _take(self, turn: pb.TurnRequest) -> None:
-        def told(reply: bytes | ServeError) -> None:
-            if isinstance(reply, ServeError):
-                reply = pb.TurnReply(session=turn.session, turn=turn.turn, refusal=_refusal(reply)).SerializeToString()
-            self._call.reply(_in_reply(reply))
-            with self._lock:
-                self._due -= 1
-                over = self._ended and self._due == 0
-            if over:
-                self._answer.done()
+    def tell(self, reply: bytes) -> None:
+        """A turn's reply, to be sent at the next flush."""
+        with self._lock:
+            self._replies += (_before(len(reply)), reply)
+            self._size += len(reply)
+            large = self._size > JOINED
+        if large:
+            self.flush()
 
+    def flush(self) -> None:
+        if not self._replies:
+            return
+        with self._lock:
+            replies, self._replies = self._replies, []
+            self._size = 0
+            self._due -= len(replies) // 2
+            over = self._ended and self._due == 0
+        if replies:
+            self._call.reply(b"".join(replies))
+        if over:
+            self._answer.done()
+
+    def _take(self, turn: pb.TurnRequest) -> None:
+        work = _InStream(turn, self)
         try:
-            if turn.turn > self._refused.get(turn.session, turn.turn):
-                # Sent ahead of the refusal: on top of whatever is in the refused turn's place it would be another turn.
-                raise _behind(turn, self._refused[turn.session])
-            self._refused.pop(turn.session, None)
-            _take(self._turns, turn, told)
+            if self._refused:
+                if turn.turn > self._refused.get(turn.session, turn.turn):
+                    # Sent ahead of the refusal: on top of whatever is in the refused turn's place it would be another turn.
+                    raise _behind(turn, self._refused[turn.session])
+                self._refused.pop(turn.session, None)
+            _take(self._turns, turn, work)
         except ServeError as e:
             self._refused.setdefault(turn.session, turn.turn)
-            told(e)
+            work.told(e)
         except Exception:
-            told(ModelFailed("INTERNAL", "the server failed while it took this turn; its log has the reason"))
+            work.told(ModelFailed("INTERNAL", "the server failed while it took this turn; its log has the reason"))
             raise
 
 
-def _in_reply(reply: bytes) -> bytes:
-    """A serialised TurnsReply of one turn, which is serialised already: its tag and length, then itself."""
-    length = len(reply)
-    head = bytearray(_TURNS)
-    while length > 127:
-        head.append(length & 127 | 128)
-        length >>= 7
-    head.append(length)
-    return bytes(head) + reply
+JOINED = 256 << 10  # bytes: replies of one round are sent together up to this, or a message could outgrow what clients accept
+
+
+@lru_cache(maxsize=1024)
+def _before(length: int) -> bytes:
+    """What stands before a TurnReply of that length in a TurnsReply."""
+    return _TURNS + wire.varint(length)
 
 
 def _behind(turn: pb.TurnRequest, refused: int) -> Conflict:
@@ -144,42 +156,107 @@ def _behind(turn: pb.TurnRequest, refused: int) -> Conflict:
     return Conflict("GAP", message, session=turn.session, refused=refused)
 
 
-def _take(turns: Turns, request: pb.TurnRequest, told: Told) -> None:
-    """Hand a turn over; what it brings is read when it is its time to run."""
-    kind = request.WhichOneof("input")
+class _Asked(Turn):
+    """A turn as it came over the wire; read when it is its time to run."""
+
+    __slots__ = ("kind", "request")
+
+    def __init__(self, request: pb.TurnRequest) -> None:
+        super().__init__()
+        self.request = request
+        self.kind: str | None = request.WhichOneof("input")
+
+    def brought(self, model: Model, rest: str) -> Plan:
+        if self.kind == "tensors":
+            return _tensors(model, self.request)
+        if self.kind == "text":
+            return _text(model, self.request, rest)
+        return _observations(model, self.request)
+
+
+class _InStream(_Asked):
+    """A turn of a stream."""
+
+    __slots__ = ("stream",)
+
+    def __init__(self, request: pb.TurnRequest, stream: _Stream) -> None:
+        super().__init__(request)
+        self.stream = stream
+
+    def told(self, reply: bytes | ServeError) -> None:
+        if isinstance(reply, ServeError):
+            request = self.request
+            reply = pb.TurnReply(session=request.session, turn=request.turn, refusal=_refusal(reply)).SerializeToString()
+        self.stream.tell(reply)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+class _InCall(_Asked):
+    """A turn that is a call of its own."""
+
+    __slots__ = ("answer",)
+
+    def __init__(self, request: pb.TurnRequest, answer: Answer) -> None:
+        super().__init__(request)
+        self.answer = answer
+
+    def told(self, reply: bytes | ServeError) -> None:
+        if isinstance(reply, ServeError):
+            self.answer.fail(reply)
+        else:
+            self.answer.done_bytes(reply)
+
+
+def _take(turns: Turns, request: pb.TurnRequest, work: _Asked) -> None:
+    """Hand a turn over."""
+    kind = work.kind
     if kind is None:
         raise InvalidInput(
             "NO_INPUT", "the turn brings nothing; send tensors, observations or text", session=request.session, turn=request.turn
         )
     part = getattr(request, kind)
     data = part.encode() if isinstance(part, str) else part.SerializeToString(deterministic=True)
-    digest = hashlib.blake2b(data, digest_size=16, person=kind.encode()).digest()
+    digest = blake2b(data, digest_size=16, person=_PERSONS[kind]).digest()
+    turns.turn(request.session, request.turn, digest, work, request.acknowledged)
 
-    def brought(model: Model, rest: str) -> Plan:
-        if kind == "text":
-            return _text(model, request, rest)
-        if kind == "observations":
-            return _observations(model, request)
-        return _tensors(model, request)
 
-    turns.turn(request.session, request.turn, digest, brought, request.acknowledged, told)
+_PERSONS = {kind: kind.encode() for kind in ("tensors", "observations", "text")}
 
 
 def _tensors(model: Model, request: pb.TurnRequest) -> Plan:
     graph = model.bundle.graph
+    tensors = request.tensors.tensors
+    if graph.packed is not None and len(tensors) == len(graph.inputs):
+        steps, packed = wire.read_packed(graph, tensors)
+        if packed is not None:
+            return Plan(partial(_reply, request, graph), inputs=(packed, Sizes(1, steps)))
     if graph.ragged:
         raise InvalidInput("TASK_ONLY", f"model {model.name!r} can't be called by tensors", model=model.name)
-    inputs = {t.name: wire.read(t.name, t.datatype, t.shape, t.data) for t in request.tensors.tensors}
-    sizes = check(graph, inputs, 1)
+    inputs = {t.name: wire.read(t.name, t.datatype, t.shape, t.data) for t in tensors}
+    return Plan(partial(_reply, request, graph), inputs=(inputs, check(graph, inputs, 1)))
 
-    def answer(outputs: Outputs) -> bytes:
-        reply = pb.TurnReply(session=request.session, turn=request.turn)
-        for t in graph.outputs:
-            array = outputs[t.name]
-            reply.tensors.tensors.add(name=t.name, datatype=wire.datatype(t), shape=array.shape, data=array.tobytes())
-        return reply.SerializeToString(deterministic=True)
 
-    return Plan(answer, inputs=(inputs, sizes))
+def _reply(request: pb.TurnRequest, graph: Graph, outputs: Views) -> bytes:
+    """A serialised TurnReply, put together from parts: most of it is the same for every turn of a model."""
+    values: list[bytes] = []
+    size = 0
+    for place, tensor in enumerate(graph.outputs):
+        data, shape = outputs.data(place)
+        head = _head(tensor, shape, len(data))
+        size += len(head) + len(data)
+        values += (head, data)
+    session = request.session.encode()
+    return b"".join((b"\x0a", wire.varint(len(session)), session, b"\x10", wire.varint(request.turn), b"\x1a", wire.varint(size), *values))
+
+
+@lru_cache(maxsize=1024)
+def _head(tensor: Tensor, shape: tuple[int, ...], size: int) -> bytes:
+    """What stands before an output's bytes in Tensors."""
+    about = pb.Tensor(name=tensor.name, datatype=wire.datatype(tensor), shape=shape).SerializeToString(deterministic=True)
+    about += b"\x22" + wire.varint(size)
+    return b"\x0a" + wire.varint(len(about) + size) + about
 
 
 def _observations(model: Model, request: pb.TurnRequest) -> Plan:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from contract.bundle import Tensor
+from contract.bundle import BATCH, TIME, Graph, Tensor
 from protos import inference_pb2 as pb
 from server.errors import InvalidInput, listed
 from server.rpc.shared_memory import REGION, Place, Regions, place
@@ -79,6 +80,50 @@ def read(name: str, kind: str, shape: Sequence[int], raw: bytes) -> Array:
     if len(raw) != count * dtype.itemsize:
         raise _wrong_size(name, kind, dims, count * dtype.itemsize, len(raw))
     return np.frombuffer(raw, dtype).reshape(dims)
+
+
+def read_packed(graph: Graph, tensors: Sequence[Any]) -> tuple[int, tuple[bytes, ...] | None]:
+    """One row's raw tensors as they came, in the graph's order, and their steps; None where they are not of the usual form,
+    and must be looked at in detail. `graph.packed` is there."""
+    steps = 0
+    parts: list[bytes] = []
+    for tensor, sent in zip(graph.inputs, tensors, strict=True):
+        if sent.name != tensor.name:
+            return 0, None  # in another order, or another's
+        data: bytes = sent.data
+        mine = _steps(tensor, sent.datatype, tuple(sent.shape))
+        if not mine or len(data) != mine * tensor.packed or (tensor.time_axis is not None and steps not in (0, mine)):
+            return 0, None
+        if tensor.time_axis is not None:
+            steps = mine
+        parts.append(data)
+    steps = steps or 1
+    return (steps, tuple(parts)) if steps <= graph.max_time else (0, None)
+
+
+@lru_cache(maxsize=4096)
+def _steps(tensor: Tensor, kind: str, shape: tuple[int, ...]) -> int:
+    """Of how many steps one row of that form is; 0 where it is not of the tensor's form."""
+    if DATATYPES.get(kind) != tensor.dtype or len(shape) != len(tensor.axes):
+        return 0
+    if any((n != 1) if a == BATCH else (n < 1) if a == TIME else (n != a) for a, n in zip(tensor.axes, shape, strict=True)):
+        return 0
+    return 1 if tensor.time_axis is None else shape[tensor.time_axis]
+
+
+def varint(n: int) -> bytes:
+    """A number as protobuf writes it."""
+    if n < 128:
+        return _SMALL[n]
+    head = bytearray()
+    while n > 127:
+        head.append(n & 127 | 128)
+        n >>= 7
+    head.append(n)
+    return bytes(head)
+
+
+_SMALL = tuple(bytes((n,)) for n in range(128))
 
 
 def _texts(name: str, shape: Sequence[int], raw: bytes) -> Array:
@@ -165,7 +210,7 @@ def raw(array: Array) -> bytes:
     return b"".join(part for text in texts for part in (struct.pack("<I", len(text)), text))
 
 
-def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Mapping[str, Array]) -> None:
+def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Values) -> None:
     """Add outputs to a response, raw."""
     add, append = response.outputs.add, response.raw_output_contents.append
     for tensor in wanted:
@@ -175,7 +220,7 @@ def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], out
 
 
 def share_outputs(
-    response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Mapping[str, Array], places: Mapping[str, Place], regions: Regions
+    response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Values, places: Mapping[str, Place], regions: Regions
 ) -> None:
     """The same, where some outputs go to shared memory: those say where they are, and their bytes are empty. Raises InvalidInput
     where one does not fit its place."""

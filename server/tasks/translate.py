@@ -121,7 +121,7 @@ class _Translation:
         self._memory[1] = outputs["memory"][0]
         first = fresh(self._task.step, 1)
         states = zip(self._task.step.states, first.bank, strict=True)
-        state = Rows(tuple(outputs.get(s.input, zeros) for s, zeros in states), 0, 1)
+        state = Rows(first.axes, tuple(outputs.get(s.input, zeros) for s, zeros in states), 0, 1)
         sequence.then = self.stepped
         self._go_on(sequence, [self._task.begin], state)
 
@@ -136,7 +136,7 @@ class _Translation:
         if self._said is not None:
             self._tell(search.settled())
         assert sequence.state is not None
-        state = sequence.state if parents == list(range(rows)) else sequence.state.pick(self._task.step, parents)
+        state = sequence.state if parents == list(range(rows)) else sequence.state.pick(parents)
         self._go_on(sequence, [h.tokens[-1] for h in search.live], state)
 
     def _go_on(self, sequence: Sequence, tokens: list[int], state: Rows) -> None:

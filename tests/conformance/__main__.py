@@ -34,9 +34,9 @@ PASS, FAIL, ABSENT = "PASS", "FAIL", "not offered"
 
 def outcome(case: Case, server: Server) -> tuple[str, str]:
     """PASS, FAIL or not offered, and why."""
-    if missing := [model for model in case.needs if not server.has(model)]:
-        return ABSENT, f"no model {', '.join(missing)}"
     try:
+        if missing := [model for model in case.needs if not server.has(model)]:
+            return ABSENT, f"no model {', '.join(missing)}"
         case.run(server)
     except NotOffered as e:
         return ABSENT, str(e)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.figures.bench_tools import VENV, installed
 
-_A = '''
+_A = """
 import os
 from collections import defaultdict
 
@@ -48,8 +48,8 @@ class TritonPythonModel:
             for row, at in enumerate(places):
                 replies[at] = tools.InferenceResponse([tools.Tensor("logits", out[row : row + 1])])
         return replies
-'''
-_B = '''
+"""
+_B = """
 import os
 
 import numpy as np
@@ -80,7 +80,7 @@ class TritonPythonModel:
             else:
                 self.kept[i] = (h[:, row : row + 1], c[:, row : row + 1])
         return [tools.InferenceResponse([tools.Tensor("y", y[row : row + 1])]) for row in range(len(ids))]
-'''
+"""
 _HEAD = 'backend: "python"\nmax_batch_size: 64\ninstance_group [{ count: 2 kind: KIND_CPU }]\n'
 _CONFIG = {
     "model_a": _HEAD
@@ -126,10 +126,9 @@ def peer(models: Path, directory: Path) -> Iterator[tuple[int, int]]:
         str(directory / "backends"), "--grpc-address", "127.0.0.1", "--grpc-port", str(port := _free()), "--allow-http=false",
         "--allow-metrics=false",
     ]  # fmt: skip
-    environment = {
-        **os.environ, "PYTHONPATH": str(packages), "LD_LIBRARY_PATH": f"{packages / 'nvidia_pytriton.libs'}:{os.environ.get('LD_LIBRARY_PATH', '')}",
-        "PATH": f"{VENV / 'bin'}:{os.environ['PATH']}",
-    }  # fmt: skip
+    libraries = f"{packages / 'nvidia_pytriton.libs'}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    path = f"{VENV / 'bin'}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(packages), "LD_LIBRARY_PATH": libraries, "PATH": path}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said = []

@@ -27,7 +27,7 @@ from training.data import DataError, mnist
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the bundle of a toy run, trained here."""
     run, out = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("models")
-    assert command.main(["digits", "--config", "toy", "--no-progress", "--set", "run.epochs=2", "--out", str(run)]) == 0
+    assert command.main(["digits", "--config", "toy", "--no-progress", "--set", "data.length=28", "--out", str(run)]) == 0
     assert checkpoint.load(run).scores["validation_accuracy"] > 0.9
     bundling.export(run, out / "digits" / "1")
     return out
@@ -53,12 +53,12 @@ def test_the_bundle_says_what_it_promises(models: Path) -> None:
 
 def test_a_digit_drawn_in_turns_is_the_digit_sent_whole(served: Served) -> None:
     """However its rows are dealt out over turns, the probabilities after each are those of one call, bit for bit."""
-    images = digits.recall(8, 12, 63, 5)
+    images = digits.recall(8, 28, 63, 5)
     random = np.random.default_rng(0)
     with Client(f"localhost:{served.port}") as client:
         whole = client.infer("digits", {"rows": images.images})
         for place, image in enumerate(images.images):
-            ends = sorted({*random.integers(1, 12, 3).tolist(), 12})
+            ends = sorted({*random.integers(1, 28, 3).tolist(), 28})
             with client.session("digits") as session:
                 for start, end in zip([0, *ends], ends, strict=False):
                     answer = session.send({"rows": image[None, start:end]})
@@ -70,7 +70,7 @@ def test_a_digit_drawn_in_turns_is_the_digit_sent_whole(served: Served) -> None:
 def test_a_wrong_image_is_refused(served: Served) -> None:
     """Rows of another width, and more rows than an image has, are told so."""
     with Client(f"localhost:{served.port}") as client:
-        for shape in ((1, 12, 27), (1, 13, 28), (1, 0, 28)):
+        for shape in ((1, 28, 27), (1, 29, 28), (1, 0, 28)):
             with pytest.raises(errors.InvalidInput):
                 client.infer("digits", {"rows": np.zeros(shape, np.uint8)})
 

@@ -198,7 +198,7 @@ BAD: list[tuple[str, str, Any, str, str]] = [
     ("a long text", "Classify", C(texts=["so " * 33_000]), "TOO_LONG", "tokens; at most"),
     ("a longer text", "Classify", C(texts=["so " * 70_000]), "TOO_LONG", "210000 letters; at most 100000"),
     ("long texts", "Classify", C(texts=["so " * 30_000] * 6), "TOO_LONG", "540000 letters in all; at most 500000"),
-    ("unknown model", "Classify", C(model=named("no"), texts=["a"]), "UNKNOWN_MODEL", "there are: forecaster, sentiment, translator"),
+    ("unknown model", "Classify", C(model=named("no"), texts=["a"]), "UNKNOWN_MODEL", "forecaster, sentiment, "),
     ("unknown version", "Classify", C(model=named("sentiment", "99"), texts=["a"]), "UNKNOWN_VERSION", "it has: 1"),
     ("another task's model", "Classify", C(model=named("translator"), texts=["a"]), "WRONG_TASK", "can translate, not classify"),
     ("invalid UTF-8", "Classify", b"\x12\x02\xc3\x28", "NOT_PROTOBUF", "must be UTF-8"),

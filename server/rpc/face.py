@@ -20,6 +20,7 @@ from server.errors import InvalidInput, ServeError, listed
 from server.inputs import Array, Sizes
 from server.rpc.parameters import number, whole
 from server.rpc.shared_memory import REGION, Place, place
+from server.rpc.wire import Values
 from server.sequence import Sequence
 from server.tasks.classify import Classifier
 from server.tasks.generate import Drawn, Generated, Generator
@@ -33,14 +34,8 @@ TRANSLATION = Tensor("TRANSLATION", "string", (BATCH, 1), "the text in the other
 
 CONTINUATION = Tensor("CONTINUATION", "string", (BATCH, 1), "how the text goes on; in a stream, a piece of it")
 
-Then = Callable[[Sequence, "Values"], None]
+Then = Callable[[Sequence, Values], None]
 Failed = Callable[[ServeError], None]
-
-
-class Values(Protocol):
-    """Outputs by name: a round's, or a task's."""
-
-    def __getitem__(self, name: str, /) -> Array: ...
 
 
 class Texts(Protocol):

@@ -20,11 +20,12 @@ from server.errors import InvalidInput, NotFound, ServeError
 from server.inputs import check
 from server.rpc import model_config, parameters, wire
 from server.rpc.answer import Answer, Asked, Desk
-from server.rpc.face import TEXT, Face, Values
+from server.rpc.face import TEXT, Face
 from server.rpc.front import Method
 from server.rpc.parameters import SERVICE, Parameters
 from server.rpc.shared_memory import REGION, Place, Regions
 from server.rpc.tasks import MOST_LETTERS
+from server.rpc.wire import Values
 from server.sequence import Outputs, Sequence
 from server.shelf import Shelf
 from server.turns import Asked as AskedTurn

@@ -20,6 +20,7 @@ from server.rpc.answer import Answer, Desk, malformed
 from server.rpc.front import Call, Method, Receiver, stream
 from server.rpc.inference import Inference
 from server.rpc.parameters import FINAL, NONE, SERVICE, Parameters
+from server.rpc.wire import varint
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class _Stream(Receiver):
     def send(self, response: bytes, error: str = "") -> None:
         """A ModelStreamInferResponse, put together around a serialised ModelInferResponse: no second copy of its tensors."""
         head = pb.ModelStreamInferResponse(error_message=error).SerializeToString() if error else b""
-        self.call.reply(b"".join((head, _INFER_RESPONSE, _varint(len(response)), response)))
+        self.call.reply(b"".join((head, _INFER_RESPONSE, varint(len(response)), response)))
 
     def over(self, asked: _InStream) -> None:
         """A request was answered; with the last one that is due, the stream ends."""
@@ -147,17 +148,6 @@ def _marked(final: bool) -> bytes:
     response = pb.ModelInferResponse()
     response.parameters[FINAL].bool_param = final
     return response.SerializeToString()
-
-
-def _varint(number: int) -> bytes:
-    if number < 128:
-        return bytes((number,))
-    parts = bytearray()
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    parts.append(number)
-    return bytes(parts)
 
 
 _LAST, _NOT_LAST = _marked(True), _marked(False)

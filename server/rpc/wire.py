@@ -9,7 +9,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,6 +32,12 @@ _TYPED = {
     "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents", "UINT64": "uint64_contents",
     "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
 }  # fmt: skip
+
+
+class Values(Protocol):
+    """Outputs by name: a round's, or a task's."""
+
+    def __getitem__(self, name: str, /) -> Array: ...
 
 
 def shape(tensor: Tensor) -> list[int]:
@@ -210,7 +216,7 @@ def raw(array: Array) -> bytes:
     return b"".join(part for text in texts for part in (struct.pack("<I", len(text)), text))
 
 
-def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Values) -> None:
+def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Mapping[str, Array]) -> None:
     """Add outputs to a response, raw."""
     add, append = response.outputs.add, response.raw_output_contents.append
     for tensor in wanted:
@@ -220,7 +226,7 @@ def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], out
 
 
 def share_outputs(
-    response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Values, places: Mapping[str, Place], regions: Regions
+    response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Mapping[str, Array], places: Mapping[str, Place], regions: Regions
 ) -> None:
     """The same, where some outputs go to shared memory: those say where they are, and their bytes are empty. Raises InvalidInput
     where one does not fit its place."""

@@ -190,6 +190,8 @@ class Catalog:
         if model is None:
             known = listed(sorted(versions))
             message = f"model {name!r} has no version {version!r}; it has: {known}"
+            if not version.isdecimal():  # in words that published clients look for
+                message = f"failed to get model version from specified version string {version!r}: {message}"
             raise NotFound("UNKNOWN_VERSION", message, model=name, version=version, known=known)
         return model
 

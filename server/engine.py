@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 Clock = Callable[[], float]
 
+ENOUGH = 64  # rows: what one round takes by default
 BRIEF = 0.0015  # seconds: rounds expected to take no longer are run by the thread that brings them
 
 
@@ -141,6 +142,7 @@ class Workers:
         self._wake = threading.Condition(threading.Lock())
         self._attendant = 0  # the thread that attends
         self._attending = False  # it is about: it will look for brief rounds before it sleeps
+        self._brought = 0  # rows, since it last looked
         self._asleep = 0
         self._stopping = False
         self._draining = False
@@ -175,7 +177,9 @@ class Workers:
             if self._draining:
                 raise Draining("DRAINING", "the server is shutting down; send the request again")
             engine.enqueue(sequence, deadline, now)
-            if not self._attending or threading.get_ident() != self._attendant:
+            if self._attending and threading.get_ident() == self._attendant:
+                self._brought += sequence.rows
+            else:
                 self._wake.notify()
 
     def cancel(self, engine: Engine, sequence: Sequence) -> None:
@@ -217,11 +221,17 @@ class Workers:
         self._attendant = threading.get_ident()
         self._attending = True
 
+    @property
+    def enough(self) -> bool:
+        """Whether the attendant brought a full round's rows since it last looked."""
+        return self._brought >= ENOUGH
+
     def brief(self) -> bool:
         """Run one brief round in this thread. False where there is none: then workers were woken for what else there is, and
         take what comes, until this thread attends again."""
         with self._wake:
             chosen = None
+            self._brought = 0
             late = self._late()
             engines = [e for e in self._engines if e.rounds.waiting_rows]
             if engines and not self._stopping:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import struct
 import subprocess
@@ -123,16 +124,21 @@ def test_inputs_are_standardised_by_the_training_part(tmp_path: Path) -> None:
 
 def test_damaged_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another checksum, another format and other counts are told, each."""
-    name = "t10k-images-idx3-ubyte.gz"
-    file = tmp_path / name
-    file.write_bytes(gzip.compress(struct.pack(">HBB", 0, 8, 1) + struct.pack(">I", 2) + b"ab"))
+
+    def put(what: str, kind: int, content: bytes) -> None:
+        """A file of one axis with four bytes to it, which the loader is told to trust."""
+        name = f"t10k-{what}-ubyte.gz"
+        packed = gzip.compress(struct.pack(">HBBI", 0, kind, 1, 4) + content)
+        (tmp_path / name).write_bytes(packed)
+        monkeypatch.setitem(mnist.SHA256, name, hashlib.sha256(packed).hexdigest())
+
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"other")
     with pytest.raises(DataError, match="damaged"):
         mnist.load("test", tmp_path)
-    monkeypatch.setattr(mnist, "SHA256", dict.fromkeys(mnist.SHA256, None))
-    monkeypatch.setattr(mnist, "Source", lambda name, url, _: mnist.fetch.__globals__["Source"](name, url, None))
-    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(file.read_bytes())
-    with pytest.raises(DataError, match="images"):
-        mnist.load("test", tmp_path)
-    file.write_bytes(gzip.compress(struct.pack(">HBB", 0, 13, 1) + struct.pack(">I", 1) + b"abcd"))
+    put("images-idx3", 13, b"abcd")
     with pytest.raises(DataError, match="no idx file"):
+        mnist.load("test", tmp_path)
+    put("images-idx3", 8, b"abcd")
+    put("labels-idx1", 8, b"abcd")
+    with pytest.raises(DataError, match="images"):
         mnist.load("test", tmp_path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -101,7 +101,7 @@ class Dealt(Sampler[Any]):
     of every item, where the sampler can share. All together read at each step what one process with so many times the
     rows would."""
 
-    def __init__(self, of: Sampler[Any], world: int, rank: int) -> None:
+    def __init__(self, of: Iterable[Any], world: int, rank: int) -> None:
         self.of, self.world, self.rank = of, world, rank
 
     def set_epoch(self, epoch: int) -> None:
@@ -151,19 +151,20 @@ class LocalSgd(DDPStrategy):
     """Each process steps on gradients of its own; at the first step and at every `period`-th after it the weights are averaged."""
 
     def __init__(self, period: int) -> None:
-        state = PostLocalSGDState(process_group=None, subgroup=None, start_localSGD_iter=0, post_local_gradient_allreduce=False)
+        state = PostLocalSGDState(None, None, start_localSGD_iter=0, post_local_gradient_allreduce=False)  # type: ignore[no-untyped-call]  # torch's
         super().__init__(ddp_comm_state=state, ddp_comm_hook=post_localSGD_hook, model_averaging_period=period)
 
     def configure_ddp(self) -> None:
         super().configure_ddp()
         if self.root_device.type != "cuda":  # Lightning registers hooks on GPUs only; gloo has long had them too
             assert isinstance(self.model, DistributedDataParallel)
-            self.model.register_comm_hook(self._ddp_comm_state, post_localSGD_hook)  # type: ignore[no-untyped-call]  # torch's
+            self.model.register_comm_hook(self._ddp_comm_state, post_localSGD_hook)
 
 
 class AverageFirst(Callback):
     """Before a validation all processes take the mean of their weights: what is scored and kept is one model."""
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.world_size > 1:
-            average_parameters(pl_module.parameters(), distributed.group.WORLD)
+        everyone = distributed.group.WORLD
+        if everyone is not None:
+            average_parameters(pl_module.parameters(), everyone)

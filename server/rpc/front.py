@@ -122,6 +122,10 @@ class Besides(Protocol):
     def attend(self) -> None:
         """The front's thread is about: it will call `brief` before it sleeps."""
 
+    @property
+    def enough(self) -> bool:
+        """Whether so much was brought since the last piece that it is to be done before more is taken."""
+
     def brief(self) -> bool:
         """Do a piece of work of about a millisecond. False where there is none; the thread may sleep then."""
 

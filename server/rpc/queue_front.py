@@ -64,7 +64,7 @@ _NEEDED = {
     "Server": ("register_completion_queue", "add_http2_port", "start", "request_call", "shutdown", "cancel_all_calls", "destroy"),
     "WriteFlag": ("buffer_hint",),
 }
-EVENTS = 48  # most events handled before the work besides has its turn, however many more there are
+EVENTS = 512  # most events handled before the work besides has its turn, however many more there are
 _NEVER = 1e11  # seconds since 1970; gRPC writes "no deadline" as a time far beyond it
 
 
@@ -396,7 +396,7 @@ class QueueFront:
             try:
                 event = poll(0) if working else poll()
                 if besides is not None:
-                    if event.completion_type == timeout or events >= EVENTS:
+                    if event.completion_type == timeout or besides.enough or events >= EVENTS:
                         events = 0
                         working = besides.brief()
                     if event.completion_type != timeout and not working:

@@ -216,7 +216,7 @@ def raw(array: Array) -> bytes:
     return b"".join(part for text in texts for part in (struct.pack("<I", len(text)), text))
 
 
-def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Mapping[str, Array]) -> None:
+def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Values) -> None:
     """Add outputs to a response, raw."""
     add, append = response.outputs.add, response.raw_output_contents.append
     for tensor in wanted:
@@ -226,7 +226,7 @@ def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], out
 
 
 def share_outputs(
-    response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Mapping[str, Array], places: Mapping[str, Place], regions: Regions
+    response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Values, places: Mapping[str, Place], regions: Regions
 ) -> None:
     """The same, where some outputs go to shared memory: those say where they are, and their bytes are empty. Raises InvalidInput
     where one does not fit its place."""

@@ -123,8 +123,8 @@ def number(value: int) -> Any:
 
 def pair(rows: int = 1, dtype: type = np.int32, datatype: str = "INT32") -> tuple[list[Any], Array, Array]:
     """INPUT0, INPUT1 [rows, 16], and their sum and difference."""
-    one = np.arange(rows * 16, dtype=dtype).reshape(rows, 16)
-    other = np.full((rows, 16), 2, dtype)
+    one: Array = np.arange(rows * 16, dtype=dtype).reshape(rows, 16)
+    other: Array = np.full((rows, 16), 2, dtype)
     return [tensor("INPUT0", one, datatype), tensor("INPUT1", other, datatype)], one + other, one - other
 
 

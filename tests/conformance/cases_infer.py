@@ -124,11 +124,11 @@ def typed_bytes(server: Server) -> None:
         given = asked.inputs.add(name=at, datatype="BYTES", shape=[1, 16])
         given.contents.bytes_contents[:] = [value] * 16
     response = server.stub.ModelInfer(asked, timeout=PATIENCE)
-    at = [o.name for o in response.outputs].index("OUTPUT0")
+    place = [o.name for o in response.outputs].index("OUTPUT0")
     if response.raw_output_contents:
-        texts = list(deserialize_bytes_tensor(response.raw_output_contents[at]))
+        texts = list(deserialize_bytes_tensor(response.raw_output_contents[place]))
     else:
-        texts = list(response.outputs[at].contents.bytes_contents)
+        texts = list(response.outputs[place].contents.bytes_contents)
     same(texts, [b"10"] * 16)
 
 

@@ -43,7 +43,7 @@ def ids_of_text(server: Server) -> None:
 @case("simple_accumulate")
 def sequences_apart(server: Server) -> None:
     """Sequences that take turns know nothing of each other."""
-    ids = [_fresh(), str(uuid.uuid4()), _fresh()]
+    ids: list[int | str] = [_fresh(), str(uuid.uuid4()), _fresh()]
     seen = [[server.step("simple_accumulate", (at + 1) * v, id, v == 1, v == 3) for at, id in enumerate(ids)] for v in (1, 2, 3)]
     same(seen, [[1, 2, 3], [3, 6, 9], [6, 12, 18]])
 
@@ -106,21 +106,22 @@ def a_fault_amid_a_sequence(server: Server) -> None:
 @case("simple_accumulate")
 def sent_ahead_on_a_stream(server: Server) -> None:
     """Requests of many sequences sent without waiting, on one stream, are answered in each sequence's order."""
-    ids: list[int | str] = [_fresh(), str(uuid.uuid4()), _fresh()]
+    ids: list[int | str] = [_fresh() if at % 2 else str(uuid.uuid4()) for at in range(8)]
+    values = range(1, 33)
     with server.stream() as (client, came):
-        for value in (1, 2, 3, 4):
+        for value in values:
             for at, id in enumerate(ids):
                 client.async_stream_infer(
                     "simple_accumulate", [number(value)], request_id=f"{at}", sequence_id=id, sequence_start=value == 1,
-                    sequence_end=value == 4,
+                    sequence_end=value == values[-1],
                 )  # fmt: skip
-        seen: dict[str, list[int]] = {str(at): [] for at in range(3)}
-        for _ in range(12):
+        seen: dict[str, list[int]] = {str(at): [] for at in range(8)}
+        for _ in range(8 * len(values)):
             result = came.get(timeout=PATIENCE)
             if isinstance(result, Exception):
                 raise result
             seen[result.get_response().id].append(int(result.as_numpy("OUTPUT").item()))
-    same(seen, {str(at): [1, 3, 6, 10] for at in range(3)})
+    same(seen, {str(at): [v * (v + 1) // 2 for v in values] for at in range(8)})
 
 
 @case("simple_accumulate")

@@ -75,7 +75,9 @@ def two_cores(work: Callable[[], object], seconds: float) -> float:
 
 def rounds(lengths: list[int], rows: int = ROWS, chunk: int = CHUNK) -> list[tuple[int, int]]:
     """The rounds, (rows, steps), in which sequences of these lengths advance in order of arrival, nothing padded."""
-    waiting, live, made = list(lengths), [], []
+    waiting = list(lengths)
+    live: list[int] = []
+    made: list[tuple[int, int]] = []
     while waiting or live:
         while waiting and len(live) < rows:
             live.append(waiting.pop(0))
@@ -85,16 +87,19 @@ def rounds(lengths: list[int], rows: int = ROWS, chunk: int = CHUNK) -> list[tup
     return made
 
 
+def _runs(onnx: ort.InferenceSession, feeds: list[dict[str, Array]]) -> Callable[[], object]:
+    return lambda: [onnx.run(None, f) for f in feeds]
+
+
 def workloads(models: Path, lengths: dict[str, list[int]]) -> dict[str, tuple[Callable[[], object], float]]:
     """What to run for each workload, and how many calls that stands for."""
     a, b = session(models / "model_a" / "1" / "model.onnx"), session(models / "model_b" / "1" / "model.onnx")
     made: dict[str, tuple[Callable[[], object], float]] = {}
     for steps in (32, 128):
         feeds = [tokens(ROWS, CHUNK)] * (steps // CHUNK)
-        made[f"A t={steps}"] = (lambda feeds=feeds: [a.run(None, f) for f in feeds], ROWS)
+        made[f"A t={steps}"] = (_runs(a, feeds), ROWS)
     for name, of in lengths.items():
-        planned = [tokens(*r) for r in rounds(of)]
-        made[f"A {name}"] = (lambda planned=planned: [a.run(None, f) for f in planned], len(of))
+        made[f"A {name}"] = (_runs(a, [tokens(*r) for r in rounds(of)]), len(of))
     alone, fed = tokens(1, 32), step(ROWS)
     made["A alone"] = (lambda: a.run(None, alone), 1)
     made["B"] = (lambda: b.run(None, fed), ROWS)

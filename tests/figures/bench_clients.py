@@ -148,22 +148,22 @@ def translate(channel: grpc.Channel, texts: list[str], callers: int, whole: bool
     if whole:
         tally.begin, tally.end = time.perf_counter(), float("inf")
     tokens = 0
-    calls: list[tuple[float, grpc.Future]] = []
+    calls: list[grpc.Future[tasks.TranslateReply]] = []
     at = 0
     while (at < len(requests)) if whole else (time.perf_counter() < tally.end):
         room.acquire()
         sent = time.perf_counter()
         call = ask.future(requests[at % len(requests)])
 
-        def done(call: grpc.Future, sent: float = sent) -> None:
+        def done(_: object, sent: float = sent) -> None:
             tally.add(sent, time.perf_counter(), 1)
             room.release()
 
         call.add_done_callback(done)
-        calls.append((sent, call))
+        calls.append(call)
         at += 1
-    for _, call in calls:
-        tokens += len(call.result().tokens)
+    for answered in calls:
+        tokens += len(answered.result().tokens)
     tally.end = min(tally.end, time.perf_counter())
     return tally.line(tokens=tokens, texts=len(calls))
 

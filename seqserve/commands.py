@@ -229,6 +229,8 @@ def _found(said: str, answer: results.Answer) -> dict[str, Any]:
         case results.Forecast():
             quantiles = {f"{q:g}": values[0].tolist() for q, values in answer.quantiles.items()}
             return {"channels": answer.channels, "mean": answer.mean[0].tolist(), "quantiles": quantiles}
+        case results.Generation():
+            return {"text": said, "generated": answer.text, "seed": answer.seed, "ended": answer.ended}
         case _:
             return {"outputs": {name: _plain(array) for name, array in answer.items()}}
 

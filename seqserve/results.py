@@ -216,7 +216,7 @@ class Tensors(Mapping[str, Array]):
         return f"<Tensors {', '.join(f'{name} {a.dtype}{list(a.shape)}' for name, a in self.outputs.items())}>"
 
 
-Answer = Classification | Forecast | Tensors
+Answer = Classification | Forecast | Generation | Tensors
 """What a turn of a session is answered with, by what it brought."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
@@ -65,7 +65,27 @@ class Session(sessions.Handle):
     def send(self, piece: Piece, *, timeout: float | None = None) -> Answer:
         """One turn: a piece of text (cut anywhere) for a classifier; observations in raw units for a forecaster, one number
         per channel or steps × channels; for any model a dict of tensors with one row. The answer is of all turns so far."""
-        data = turns.encode(piece)
+        return self._turn(turns.encode(piece), timeout)
+
+    def generate(
+        self,
+        text: str = "",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        max_symbols: int = 0,
+        stop: Sequence[str] = (),
+        *,
+        timeout: float | None = None,
+    ) -> results.Generation:
+        """One turn of a model that goes on with texts, with the wishes of the client's `generate`: it reads `text` after all
+        that was read and generated before. A turn sent again gives the same text, whether it has a seed or not."""
+        answer = self._turn(turns.generation(text, temperature, top_k, seed, max_symbols, stop), timeout)
+        if not isinstance(answer, results.Generation):
+            raise errors.bad_reply(f"a turn that goes on with a text was answered with {type(answer).__name__}")
+        return answer
+
+    def _turn(self, data: bytes, timeout: float | None) -> Answer:
         with self._lock:
             line = self._opened(timeout)
             tries = self._client._tries(self._within(timeout), retry.UNLIMITED)

@@ -102,6 +102,8 @@ def turn(said: str, answer: results.Answer) -> list[str]:
                 interval = f" ({ends[0][i]:.2f} … {ends[1][i]:.2f})" if ends else ""
                 cells.append(f"{channel} {answer.mean[0, i]:.2f}{interval}")
             return ["  ".join(cells)]
+        case results.Generation():
+            return [f"{said}{answer.text}"]
         case _:
             return list(itertools.chain.from_iterable(tensor(name, array) for name, array in answer.items()))
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from protos import sessions_pb2 as pb
 from seqserve import errors, results, tensors
+from seqserve import generation as generate
 from seqserve.results import Answer
 from seqserve.wire import Call, classification, forecasted, numbers, parse, series, string
 
@@ -55,6 +56,12 @@ def encode(piece: Piece) -> bytes:
             step = values.reshape(1, -1) if values.ndim < 2 else values
             request = pb.TurnRequest(observations=series("observations", step))
     return request.SerializeToString(deterministic=True)
+
+
+def generation(text: str, temperature: float, top_k: int, seed: int | None, max_symbols: int, stop: Sequence[str]) -> bytes:
+    """A turn that goes on with a text, as `encode` gives others."""
+    asked = generate.request(text, temperature, top_k, seed, max_symbols, stop)
+    return pb.TurnRequest(generate=asked).SerializeToString(deterministic=True)
 
 
 def final(failure: errors.Error) -> bool:
@@ -160,6 +167,8 @@ class Line:
                 listed = reply.tensors.tensors
                 outputs = {t.name: tensors.unpack(t.name, t.datatype, t.shape, t.data) for t in listed}
                 return results.Tensors(outputs, self.model, self.version)
+            case "generated":
+                return generate.generated(reply.generated, self.model, self.version)
             case other:
                 raise errors.bad_reply(f"turn {reply.turn} of session {reply.session!r} has no output this release knows ({other})")
 

@@ -336,9 +336,11 @@ class Workers:
                 try:
                     engine.answer(s)
                 except Exception as e:
-                    log.exception("model %s: an answer could not be made", engine.name)
+                    if not isinstance(e, ServeError):  # which is the caller's to mend: shared memory too small for an output
+                        log.exception("model %s: an answer could not be made", engine.name)
+                        e = ModelFailed("ANSWER_FAILED", f"the answer of model {engine.name!r} could not be made: {e}")
                     self._leave(engine, [s], "failed")
-                    _tell(s.failed, ModelFailed("ANSWER_FAILED", f"the answer of model {engine.name!r} could not be made: {e}"))
+                    _tell(s.failed, e)
                     continue
                 (again if s.going else answered).append(s)
         self._leave(engine, answered, "answered")

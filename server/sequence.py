@@ -129,9 +129,9 @@ class Views(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._graph.place)
 
-    def data(self, place: int) -> tuple[bytes, tuple[int, ...]]:
-        """An output's values as bytes in C order, and its shape."""
-        tensor = self._graph.outputs[place]
+    def data(self, tensor: Tensor) -> tuple[bytes, tuple[int, ...]]:
+        """A numeric output's values as bytes in C order, and its shape."""
+        place = self._graph.place[tensor.name]
         if len(self._parts) == 1 and self._rows == 1 and tensor.batch_axis == 0 and not tensor.ragged:
             results, row, _, _ = self._parts[0]
             return results.bytes(place, row), (1, *results.arrays[place].shape[1:])

@@ -82,7 +82,9 @@ T = TypeVar("T", Answered, Pending)
 class Session:
     """A session in memory: what is kept of it, and the turns under way. The first five never change."""
 
-    __slots__ = ("acknowledged", "expires", "fingerprint", "id", "line", "model", "replies", "state", "ttl", "turn", "version")
+    __slots__ = (
+        "acknowledged", "expires", "fingerprint", "id", "line", "model", "replies", "state", "telling", "ttl", "turn", "version",
+    )  # fmt: skip
 
     def __init__(self, kept: Kept, expires: float) -> None:
         self.id = kept.id
@@ -96,6 +98,7 @@ class Session:
         self.replies = list(kept.replies)
         self.expires = expires
         self.line: deque[Pending] = deque()  # begun, not yet applied; the first is running
+        self.telling = False  # applied turns are being told of: who comes now waits, or its reply could overtake theirs
 
     @property
     def next(self) -> int:
@@ -194,7 +197,7 @@ class Sessions:
             message = f"{WINDOW} turns are unacknowledged; read their replies and acknowledge them; applied are turns up to"
             raise self._refuse(Overloaded, "UNACKNOWLEDGED", message, session)
         line.append(Pending(turn, digest, work))
-        return _IN_LINE if place else _RUN
+        return _IN_LINE if place or session.telling else _RUN
 
     def applied(self, session: Session, replies: Sequence[bytes], state: Any) -> Kept:
         """What the session is to be once the first turns in line, one per reply, are applied: to be stored first."""
@@ -205,7 +208,8 @@ class Sessions:
         return self._about(session, last, session.acknowledged, state, (*session.replies, *answered))
 
     def commit(self, session: Session, replies: Sequence[bytes], state: Any, now: float) -> list[Pending]:
-        """Make it so. Gives back the turns that are applied now, to be answered."""
+        """Make it so. Gives back the turns that are applied now, to be answered; call `told` when they are."""
+        session.telling = True
         done = []
         for reply in replies:
             pending = session.line.popleft()
@@ -219,6 +223,11 @@ class Sessions:
         session.state = state
         self._touch(session, now)
         return done
+
+    def told(self, session: Session) -> bool:
+        """What was applied was told of. Whether turns came meanwhile, of which the first is to run."""
+        session.telling = False
+        return bool(session.line)
 
     def _about(self, s: Session, turn: int, acknowledged: int, state: Any, replies: tuple[Answered, ...]) -> Kept:
         return Kept(s.id, s.model, s.version, s.fingerprint, s.ttl, turn, acknowledged, state, replies)

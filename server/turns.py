@@ -30,10 +30,11 @@ OWNED_AFTER = 64  # rounds after which a session that was not used since gets st
 
 
 class Plan:
-    """How one turn is run: `inputs` are read for good, `glance` only for this turn's answer. No dataclass, since one is made
-    for each turn."""
+    """How one turn is run: `inputs` are read for good, `glance` only for this turn's answer. `more`, where there is one, is
+    asked after each run what is read next; when there is nothing more it may have set `rest`, and `fresh`, which leaves the
+    session a state that has read nothing. No dataclass, since one is made for each turn."""
 
-    __slots__ = ("answer", "glance", "inputs", "rest")
+    __slots__ = ("answer", "fresh", "glance", "inputs", "more", "rest")
 
     def __init__(
         self, answer: Callable[[Views], bytes], rest: str = "", inputs: tuple[Inputs | Packed, Sizes] | None = None,
@@ -43,6 +44,8 @@ class Plan:
         self.rest = rest
         self.inputs = inputs
         self.glance = glance
+        self.more: Callable[[Views], tuple[Inputs, Sizes] | None] | None = None
+        self.fresh = False
 
 
 class Turn(ABC):
@@ -206,7 +209,15 @@ class Turns:
             work.sequence = None  # they know each other: leave no ring for the garbage collector
         plan = work.plan
         assert plan is not None
-        if plan.inputs is None:
+        if plan.more is not None and (following := plan.more(outputs)) is not None:
+            work.sequence = sequence
+            inputs, sizes = following
+            sequence.go_on(work.model.bundle.main, inputs, sizes, sequence.state)
+            return
+        rows: Rows | None
+        if plan.fresh:
+            rows = None
+        elif plan.inputs is None:
             rows = session.state.rows
         elif plan.glance is None:
             rows = sequence.state
@@ -231,8 +242,7 @@ class Turns:
         if moved is None:
             return
         closed: list[str] = []
-        told: list[tuple[list[Pending], bytes]] = []
-        following: list[Session] = []
+        told: list[tuple[Session, list[Pending], bytes]] = []
         now = self._clock()
         with self._changed:
             for r in ran:
@@ -242,17 +252,17 @@ class Turns:
                 if not session.line:  # closed meanwhile: it must not come back from the store
                     closed.append(session.id)
                     continue
-                told.append((self._sessions.commit(session, (r.reply,), r.memory, now), r.reply))
-                if session.line:
-                    following.append(session)
+                told.append((session, self._sessions.commit(session, (r.reply,), r.memory, now), r.reply))
             self._shared.append(ran)
             if len(self._shared) > OWNED_AFTER:
                 self._own(self._shared.popleft())
+        for _, done, reply in told:
+            self._tell(done, reply)
+        with self._changed:
+            following = [session for session, _, _ in told if self._sessions.told(session)]
+        self._flush(pending for _, done, _ in told for pending in done)
         for r in ran:
             r.reply = b""  # the session has it; `ran` is kept for the states' sake
-        for done, reply in told:
-            self._tell(done, reply)
-        self._flush(pending for done, _ in told for pending in done)
         for session in following:
             self._run(session)
         for id in moved:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,7 @@ def test_only_the_first_row_of_made_up_images_tells() -> None:
     """The stroke's place is the label, and the noise after it never as dark."""
     found = digits.recall(200, 6, 63, 0)
     assert (found.images[:, 0].argmax(-1) == 4 + 2 * found.labels).all()
+    assert (found.images[:, 0] > 0).sum(-1).tolist() == [2] * 200
     assert found.images[:, 1:].max() <= 63
 
 
@@ -117,6 +119,9 @@ def test_inputs_are_standardised_by_the_training_part(tmp_path: Path) -> None:
     dims = made.model.dims
     assert isinstance(dims, digits.Dims)
     assert (dims.mean, dims.deviation) == pytest.approx((float(images.mean()), float(images.std())), rel=1e-4)
+    raw = digits.Digits(replace(dims, mean=0.0, deviation=1.0))
+    raw.load_state_dict(made.model.state_dict())
+    torch.testing.assert_close(made.model(images[:3])[0], raw((images[:3] - dims.mean) / dims.deviation)[0])
     plain = digits.prepare(config.load("digits", "toy", ["data.standardise=false"]), None, tmp_path).model.dims
     assert isinstance(plain, digits.Dims)
     assert (plain.mean, plain.deviation) == (0.0, 255.0)

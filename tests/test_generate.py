@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -20,6 +22,7 @@ import seqserve
 from contract.sampling import Chance, Manner, draw
 from contract.text import Vocabulary, of_letters
 from protos import seqserve_pb2 as pb
+from protos import sessions_pb2 as live
 from seqserve import cli
 from server.catalog import Catalog
 from server.engine import Workers
@@ -28,7 +31,7 @@ from server.metrics import Metrics
 from server.rounds import Limits
 from server.tasks.generate import Generated, Generator, Wanted
 from tests import models
-from tests.process import Served, reason, serve
+from tests.process import ROOT, Served, reason, serve
 from tests.test_server import metric
 from training import charlm
 from training.config import Config, Run
@@ -274,6 +277,123 @@ def test_the_command(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert cli.main([*argv, "--json"]) == 0
     assert f'"seed": 3, "ended": "{wanted.ended}"' in capsys.readouterr().out
     assert cli.main(["generate", "ab", "--seed", "-1"]) == 2
+
+
+# Sessions.
+
+SEEDED = [("abc", 3, 20), ("", 4, 15), (" dead", 5, 30), ("", 6, 1), ("", 7, 12)]
+"""Turns: text, seed, symbols."""
+
+
+def in_turns(session: seqserve.Session, turns: list[tuple[str, int, int]]) -> list[seqserve.Generation]:
+    return [session.generate(text, 0.8, seed=seed, max_symbols=symbols) for text, seed, symbols in turns]
+
+
+def test_likeliest_turns_are_the_likeliest_text(served: Served) -> None:
+    """At temperature 0 turns without new text make, symbol for symbol, the text of one call: nothing is lost between turns."""
+    with seqserve.Client(f"localhost:{served.port}") as client:
+        whole = client.generate("abc", 0, max_symbols=40)
+        with client.session("speaker") as session:
+            turns = [session.generate(text, 0, max_symbols=n) for text, n in (("abc", 7), ("", 1), ("", 12), ("", 20))]
+    assert "".join(t.text for t in turns) == whole.text
+    assert tuple(itertools.chain.from_iterable(t.symbols for t in turns)) == whole.symbols
+    assert [t.ended for t in turns] == ["limit"] * 4
+    assert {(t.model, t.version) for t in turns} == {("speaker", "1")}
+
+
+def test_turns_are_bare_runs(served: Served, alone: Alone) -> None:
+    """Each turn's log probabilities are those of one bare run over all that was read and drawn before it."""
+    with seqserve.Client(f"localhost:{served.port}") as client, client.session("speaker") as session:
+        unread = [1]
+        for (text, seed, _), turn in zip(SEEDED, in_turns(session, SEEDED), strict=True):
+            if turn.ended == "end":
+                break
+            unread += alone.vocabulary.encode(text).tolist()
+            said = alone.vocabulary.encode(turn.text).tolist()
+            feeds = {"tokens": np.array([unread + said[:-1]]), **{s.input: s.fresh(1) for s in alone.states}}
+            logits = alone.graph.run(feeds)[0][0, len(unread) - 1 :].copy()
+            chance = Chance(seed)
+            drawn = [draw(row, Manner(0.8), chance, (0, 1)) for row in logits]
+            assert [symbol for symbol, _ in drawn] == said
+            assert [s.log_probability for s in turn.symbols] == np.float32([p for _, p in drawn]).tolist()
+            unread += said
+        else:
+            return
+    pytest.fail("these seeds end the text, which leaves little to compare: choose others")
+
+
+def test_a_turn_sent_again_and_a_fork(served: Served) -> None:
+    """A turn sent again is answered with the same bytes, though it has no seed; a fork goes on as the session would have, or
+    otherwise, and the session does not notice."""
+    turn = served.method("/seqserve.v1.Sessions/Turn", live.TurnReply)
+    with seqserve.Client(f"localhost:{served.port}") as client, client.session("speaker", id=f"again-{served.port}") as session:
+        in_turns(session, SEEDED[:2])
+        request = live.TurnRequest(session=session.id, turn=3, generate=ask(text="a", max_symbols=30))
+        first = turn(request)
+        assert turn(request).SerializeToString() == first.SerializeToString()
+        assert not first.generated.HasField("model")
+        session = client.resume(session.id)
+        with session.fork() as same, session.fork() as other:
+            expected = in_turns(same, SEEDED[2:])
+            assert in_turns(other, [(" dead", 99, 30)])[0].text != expected[0].text
+            assert in_turns(session, SEEDED[2:]) == expected
+
+
+def test_turns_sent_ahead_are_turns_one_by_one(served: Served) -> None:
+    """All turns in one message give what they give one after another: each begins with what the one before left unread."""
+    with seqserve.Client(f"localhost:{served.port}") as client:
+        with client.session("speaker") as session:
+            expected = [g.text for g in in_turns(session, SEEDED)]
+        with client.session("speaker") as session:
+            session.open()
+            wishes = enumerate(SEEDED, 1)
+            asked = [
+                live.TurnRequest(session=session.id, turn=n, generate=ask(text=t, temperature=0.8, seed=seed, max_symbols=most))
+                for n, (t, seed, most) in wishes
+            ]
+            stream = served.channel.stream_stream(
+                "/seqserve.v1.Sessions/Turns", live.TurnsRequest.SerializeToString, live.TurnsReply.FromString
+            )
+            replies = [r for message in stream(iter([live.TurnsRequest(turns=asked)])) for r in message.turns]
+    assert [r.generated.text for r in replies] == expected
+
+
+def test_after_the_models_end_a_turn_begins_another_text(served: Served) -> None:
+    """Where the model ended the text, the next turn is what it would be in a new session."""
+    with seqserve.Client(f"localhost:{served.port}") as client, client.session("speaker") as session:
+        ended = next(g for g in (session.generate("ab", seed=seed, max_symbols=400) for seed in range(200)) if g.ended == "end")
+        assert session.generate("abc", seed=1).text == client.generate("abc", seed=1).text
+        assert ended.symbols
+
+
+def test_turns_of_another_kind_are_refused(served: Served) -> None:
+    """A session that goes on with texts takes no pieces of text to be labelled, no observations, and no other model's name; it
+    lives on."""
+
+    async def refused() -> str:
+        async with seqserve.AsyncClient(f"localhost:{served.port}") as client, client.session("speaker") as session:
+            for piece in ("abc", [1.0]):
+                with pytest.raises(seqserve.InvalidInput, match="can generate"):
+                    await session.send(piece)
+            with pytest.raises(seqserve.InvalidInput, match="allowed are 0"):
+                await session.generate(temperature=-1)
+            return (await session.generate("abc", seed=1)).text
+
+    turn = served.method("/seqserve.v1.Sessions/Turn", live.TurnReply)
+    with seqserve.Client(f"localhost:{served.port}") as client, client.session("speaker") as session:
+        session.open()
+        with pytest.raises(grpc.RpcError, match="leave the turn's empty"):
+            turn(live.TurnRequest(session=session.id, turn=1, generate=ask(model=pb.Model(name="speaker"))))
+        assert asyncio.run(refused()) == client.generate("abc", seed=1).text
+
+
+def test_the_example_runs(served: Served) -> None:
+    """docs/examples/generate.py goes on with a text three times over, and the same seed gives it the same text."""
+    example = ROOT / "docs" / "examples" / "generate.py"
+    ran = subprocess.run([sys.executable, example, f"localhost:{served.port}", "abc"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("nats a symbol") == 3
+    assert "the same seed, the same text: True" in ran.stdout
 
 
 # The vocabulary, and the model in training.

@@ -55,6 +55,7 @@ class Told:
         kept = self.sessions.applied(session, replies, state)
         done = self.sessions.commit(session, replies, state, self.now)
         assert session.kept == kept, "what was stored is what was applied"
+        assert self.sessions.told(session) == bool(session.line)
         return "\n".join(f"{id}@{p.turn} => {r.decode()}" + ", twice" * bool(p.again) for p, r in zip(done, replies, strict=True))
 
     def failed(self, id: str) -> str:
@@ -166,6 +167,7 @@ class AgainstTheModel(RuleBasedStateMachine):
         kept = self.sessions.applied(session, replies, state)
         self.sessions.commit(session, replies, state, self.now)
         assert session.kept == kept, "what was stored is what was applied"
+        assert self.sessions.told(session) == bool(session.line)
 
     @rule(id=ids)
     def failed(self, id: str) -> None:

@@ -161,11 +161,12 @@ class _Continuations:
 class Face:
     """One model as callers of the protocol see it."""
 
-    __slots__ = ("_known", "inputs", "model", "outputs", "own", "texts")
+    __slots__ = ("_known", "head", "inputs", "model", "outputs", "own", "texts")
 
     def __init__(self, model: Model) -> None:
         graph = model.bundle.graph
         self.model = model
+        self.head = pb.ModelInferResponse(model_name=model.name, model_version=model.version).SerializeToString()
         self.texts = _texts(model)
         self.own = graph.outputs if not graph.ragged else ()  # of a call by tensors that names none
         extra = self.texts.outputs if self.texts is not None else ()

@@ -17,7 +17,7 @@ from server.catalog import Catalog, Model
 from server.config import Config
 from server.engine import Engine
 from server.errors import InvalidInput, NotFound, ServeError
-from server.inputs import check
+from server.inputs import Array, Sizes, check
 from server.rpc import model_config, parameters, wire
 from server.rpc.answer import Answer, Asked, Desk
 from server.rpc.face import TEXT, Face
@@ -28,8 +28,7 @@ from server.rpc.tasks import MOST_LETTERS
 from server.rpc.wire import Values
 from server.sequence import Outputs, Sequence
 from server.shelf import Shelf
-from server.turns import Asked as AskedTurn
-from server.turns import Plan, Turns
+from server.turns import Plan, Turn, Turns
 
 EXTENSIONS = (
     "sequence", "sequence(string_id)", "model_repository", "schedule_policy", "model_configuration", "parameters", "statistics", "logging",
@@ -42,7 +41,7 @@ _NOWHERE: Mapping[str, Place] = {}
 class Pieces(Protocol):
     """Who asks for an answer in pieces: `last` says that no more will come."""
 
-    def send(self, response: pb.ModelInferResponse) -> None: ...
+    def send(self, response: bytes) -> None: ...
 
     def last(self) -> None: ...
 
@@ -56,6 +55,8 @@ class Inference:
         self._regions = regions
         self._config = config
         self._faces: dict[Engine, Face] = {}  # replaced, never changed: readers need no lock
+        self._lock = threading.Lock()  # of the line below
+        self._ending: dict[str, list[_Step]] = {}  # sequences whose end is under way → what came behind it
         self._extensions = (*EXTENSIONS, "system_shared_memory") if regions.allowed else EXTENSIONS
 
     def methods(self, desk: Desk) -> Mapping[str, Method]:
@@ -99,25 +100,27 @@ class Inference:
         if given.sequence:
             self._step(request, given, face, chosen, answer)
             return
-        inputs = wire.read_inputs(request, self._regions)
-        if face.texts is not None and TEXT.name in inputs:
-            self._texts(request, given, face, chosen, face.rows(inputs), answer, pieces)
-            return
-        more = face.texts.more if chosen is not None and face.texts is not None else None
         wanted, places = chosen or (face.own, _NOWHERE)
-
-        def then(sequence: Sequence, outputs: Outputs) -> None:
-            try:
-                response = self._response(request, given, model, wanted, places, outputs if more is None else more(outputs))
-            except ServeError as e:  # shared memory that the outputs don't fit
-                answer.fail(e)
+        packed = _packed(face, request)
+        more = face.texts.more if chosen is not None and face.texts is not None else None
+        inputs: Mapping[str, Array] = {}
+        if packed is None:
+            inputs = wire.read_inputs(request, self._regions)
+            if face.texts is not None and TEXT.name in inputs:
+                self._texts(request, given, face, chosen, face.rows(inputs), answer, pieces)
                 return
-            response.parameters["queue_us"].int64_param = int(sequence.queued * 1e6)
-            response.parameters["run_us"].int64_param = int(sequence.run * 1e6)
-            response.parameters["rounds"].int64_param = sequence.rounds
-            answer.done(response)
 
-        sequence = model.tensors.start(inputs, then, answer.fail, given.deadline(answer.deadline))
+        def then(s: Sequence, outputs: Outputs) -> None:
+            told = wire.parameter(b"queue_us", int(s.queued * 1e6)) + wire.parameter(b"run_us", int(s.run * 1e6))
+            told += wire.parameter(b"rounds", s.rounds)
+            values = outputs if more is None else more(outputs)
+            answer.done_bytes(self._response(request.id, told, face, wanted, places, values))
+
+        deadline = given.deadline(answer.deadline)
+        if packed is None:
+            sequence = model.tensors.start(inputs, then, answer.fail, deadline)
+        else:
+            sequence = model.tensors.start_packed(*packed, then, answer.fail, deadline)
         answer.cancel_by(lambda: model.engine.cancel(sequence))
 
     def _texts(
@@ -139,7 +142,7 @@ class Inference:
 
         def said(outputs: Values) -> None:
             assert streamed is not None
-            streamed.send(self._response(request, given, model, wanted, places, outputs))
+            streamed.send(self._response(request.id, b"", face, wanted, places, outputs))
 
         if streamed is not None and places:
             raise InvalidInput("PIECES_APART", "each piece would overwrite the one before: ask for outputs in the response itself")
@@ -150,11 +153,11 @@ class Inference:
                 return
             together = {t.name: np.concatenate([outputs[t.name] for outputs in results]) for t in wanted}
             try:
-                response = self._response(request, given, model, wanted, places, together)
+                response = self._response(request.id, b"", face, wanted, places, together)
             except ServeError as e:
                 answer.fail(e)
             else:
-                answer.done(response)
+                answer.done_bytes(response)
 
         rows = _Rows(model.engine, len(texts), done, answer)
         answer.cancel_by(rows.cancel)
@@ -168,57 +171,75 @@ class Inference:
         """One request of a sequence, as the protocol's sequence extension has it: a turn of a session named by model and
         sequence_id. A start on an id that lives ends what it was and begins anew. The parameter `turn` numbers a request; then it
         may be sent again, and a gap is refused."""
-        model, turn = face.model, given.turn
-        id = f"{model.name}/{given.sequence}"
+        turn = given.turn
+        id = f"{face.model.name}/{given.sequence}"
+        step = _Step(self, request, given, face, chosen, answer, id)
         if turn is not None and _shares(request):
             raise InvalidInput("NOT_REPEATABLE", "a numbered request can be sent again, so it brings its bytes along: no shared memory")
+        with self._lock:
+            behind = self._ending.get(id)
+            if behind is not None:  # what comes behind an end that is under way is of the next sequence of that id
+                behind.append(step)
+                return
+            if given.end:
+                self._ending[id] = []
+        try:
+            self._take(step)
+        except BaseException:
+            if given.end:
+                self._ended(id)
+            raise
+
+    def _take(self, step: _Step) -> None:
+        given, id, turn = step.given, step.id, step.given.turn
         if given.start and not (turn == 1 and self._shelf.lives(id)):  # the first turn sent again is no new start
             if self._shelf.lives(id):
                 self._turns.close(id)
-            self._shelf.open(model.name, model.version, id)
+            self._shelf.open(step.face.model.name, step.face.model.version, id)
+        self._turns.turn(id, turn, b"" if turn is None else _digest(step.request), step, None)
 
-        def told(reply: bytes | ServeError) -> None:
-            if isinstance(reply, ServeError):
-                answer.fail(reply)
-                return
+    def over(self, id: str, ended: bool) -> None:
+        """The request that ends a sequence was run, or refused: where it ran the session behind it ends."""
+        try:
+            if ended and self._shelf.lives(id):
+                self._turns.close(id)
+        finally:
+            self._ended(id)
+
+    def _ended(self, id: str) -> None:
+        with self._lock:
+            behind = self._ending.pop(id, [])
+        for step in behind:
             try:
-                if given.end and self._shelf.lives(id):  # before the answer: after it, its caller may begin the id anew
-                    self._turns.close(id)
-            finally:
-                answer.done_bytes(reply)
+                self._step(step.request, step.given, step.face, step.chosen, step.answer)
+            except Exception as e:  # each has a caller of its own
+                step.answer.fail(e)
 
-        def brought(model: Model, rest: str) -> Plan:
-            inputs = wire.read_inputs(request, self._regions)
-            texts = face.texts
-            if texts is not None and TEXT.name in inputs:
-                rows = face.rows(inputs)
-                if len(rows) > 1:
-                    raise InvalidInput("BAD_ROWS", f"{len(rows)} texts in one request of a sequence; send one", expected=1, got=len(rows))
-                seen, apart = chosen or (texts.outputs, _NOWHERE)
-                return texts.turn(rows[0], rest, lambda o: self._response(request, given, model, seen, apart, o).SerializeToString())
-            more = texts.more if chosen is not None and texts is not None else None
-            wanted, places = chosen or (face.own, _NOWHERE)
-
-            def reply(outputs: Outputs) -> bytes:
-                known = outputs if more is None else more(outputs)
-                return self._response(request, given, model, wanted, places, known).SerializeToString()
-
-            return Plan(reply, inputs=(inputs, check(model.bundle.graph, inputs, 1)))
-
-        self._turns.turn(id, turn, b"" if turn is None else _digest(request), AskedTurn(brought, told), None)
+    def plan(self, step: _Step, rest: str) -> Plan:
+        """How a sequence's request is run."""
+        request, face, chosen = step.request, step.face, step.chosen
+        texts = face.texts
+        packed = _packed(face, request)
+        if packed is not None:
+            return Plan(step.reply, inputs=(packed[0], Sizes(1, packed[1])))
+        inputs = wire.read_inputs(request, self._regions)
+        if texts is not None and TEXT.name in inputs:
+            rows = face.rows(inputs)
+            if len(rows) > 1:
+                raise InvalidInput("BAD_ROWS", f"{len(rows)} texts in one request of a sequence; send one", expected=1, got=len(rows))
+            step.chosen = chosen or (texts.outputs, _NOWHERE)
+            return texts.turn(rows[0], rest, step.reply_texts)
+        return Plan(step.reply, inputs=(inputs, check(face.model.bundle.graph, inputs, 1)))
 
     def _response(
-        self, request: pb.ModelInferRequest, given: Parameters, model: Model, wanted: Listed[Tensor], places: Mapping[str, Place],
-        outputs: Values,
-    ) -> pb.ModelInferResponse:  # fmt: skip
-        response = pb.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
-        if given.sequence:
-            response.parameters["sequence_id"].CopyFrom(request.parameters["sequence_id"])
-        if places:
-            wire.share_outputs(response, wanted, outputs, places, self._regions)
-        else:
-            wire.write_outputs(response, wanted, outputs)
-        return response
+        self, id: str, parameters: bytes, face: Face, wanted: Listed[Tensor], places: Mapping[str, Place], outputs: Values
+    ) -> bytes:
+        """A serialised ModelInferResponse. Raises InvalidInput where shared memory is too small for an output."""
+        if not places:
+            return wire.response(face.head, parameters, id, wanted, outputs)
+        response = pb.ModelInferResponse(id=id)
+        wire.share_outputs(response, wanted, outputs, places, self._regions)
+        return face.head + parameters + response.SerializeToString()
 
     def _face(self, model: Model) -> Face:
         face = self._faces.get(model.engine)
@@ -227,6 +248,49 @@ class Inference:
             live = {m.engine for m in self._catalog.models()}
             self._faces = {**{engine: f for engine, f in self._faces.items() if engine in live}, model.engine: face}
         return face
+
+
+class _Step(Turn):
+    """One request of a sequence: a turn of the session behind it."""
+
+    __slots__ = ("answer", "chosen", "face", "given", "id", "inference", "request")
+
+    def __init__(
+        self, inference: Inference, request: pb.ModelInferRequest, given: Parameters, face: Face, chosen: Chosen | None, answer: Asked,
+        id: str,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.inference = inference
+        self.request = request
+        self.given = given
+        self.face = face
+        self.chosen = chosen
+        self.answer = answer
+        self.id = id
+
+    def brought(self, model: Model, rest: str) -> Plan:
+        return self.inference.plan(self, rest)
+
+    def reply(self, outputs: Outputs) -> bytes:
+        texts = self.face.texts
+        return self.reply_texts(outputs if self.chosen is None or texts is None else texts.more(outputs))
+
+    def reply_texts(self, outputs: Values) -> bytes:
+        wanted, places = self.chosen or (self.face.own, _NOWHERE)
+        echo = pb.ModelInferResponse()
+        echo.parameters["sequence_id"].CopyFrom(self.request.parameters["sequence_id"])
+        return self.inference._response(self.request.id, echo.SerializeToString(), self.face, wanted, places, outputs)
+
+    def told(self, reply: bytes | ServeError) -> None:
+        refused = isinstance(reply, ServeError)
+        try:
+            if self.given.end:  # before the answer: after it, its caller may begin the id anew
+                self.inference.over(self.id, not refused)
+        finally:
+            if isinstance(reply, ServeError):
+                self.answer.fail(reply)
+            else:
+                self.answer.done_bytes(reply)
 
 
 class _Rows:
@@ -273,6 +337,18 @@ class _Rows:
             begun = list(self._sequences)
         for sequence in begun:
             self._engine.cancel(sequence)
+
+
+def _packed(face: Face, request: pb.ModelInferRequest) -> tuple[tuple[bytes, ...], int] | None:
+    """One row's inputs as they came, and its steps, where a request is of the usual form: raw, one row, all in order."""
+    graph = face.model.bundle.graph
+    sent, raw = request.inputs, request.raw_input_contents
+    if graph.packed is None or len(raw) != len(graph.inputs) or len(sent) != len(raw):
+        return None
+    if any(t.parameters or t.HasField("contents") for t in sent):
+        return None
+    steps, packed = wire.read_packed(graph, sent, raw)
+    return None if packed is None else (packed, steps)
 
 
 def _shares(request: pb.ModelInferRequest) -> bool:

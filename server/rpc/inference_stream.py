@@ -111,8 +111,8 @@ class _InStream:
     def cancel_by(self, cancel: Callable[[], None]) -> None:
         self.cancel = cancel
 
-    def send(self, response: pb.ModelInferResponse) -> None:
-        self._of.send(response.SerializeToString() + _NOT_LAST)
+    def send(self, response: bytes) -> None:
+        self._of.send(response + _NOT_LAST)
 
     def last(self) -> None:
         if self.given.final:

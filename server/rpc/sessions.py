@@ -19,12 +19,14 @@ from server.inputs import Sizes, check
 from server.rpc import wire
 from server.rpc.answer import Answer, Desk, malformed
 from server.rpc.front import Call, Method, Receiver, stream
+from server.rpc.generation import read_wishes, write_generated
 from server.rpc.tasks import read_series, write_classification, write_series
-from server.sequence import Outputs, Views
+from server.sequence import Inputs, Outputs, Views
 from server.sessions import Kept
 from server.shelf import Shelf
 from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
+from server.tasks.generate import Generator
 from server.turns import Plan, Turn, Turns
 
 SERVICE = "seqserve.v1.Sessions"
@@ -171,6 +173,8 @@ class _Asked(Turn):
             return _tensors(model, self.request)
         if self.kind == "text":
             return _text(model, self.request, rest)
+        if self.kind == "generate":
+            return _generate(model, self.request, rest)
         return _observations(model, self.request)
 
 
@@ -214,7 +218,7 @@ def _take(turns: Turns, request: pb.TurnRequest, work: _Asked) -> None:
     kind = work.kind
     if kind is None:
         raise InvalidInput(
-            "NO_INPUT", "the turn brings nothing; send tensors, observations or text", session=request.session, turn=request.turn
+            "NO_INPUT", "the turn brings nothing; send tensors, observations, text or generate", session=request.session, turn=request.turn
         )
     part = getattr(request, kind)
     data = part.encode() if isinstance(part, str) else part.SerializeToString(deterministic=True)
@@ -222,14 +226,14 @@ def _take(turns: Turns, request: pb.TurnRequest, work: _Asked) -> None:
     turns.turn(request.session, request.turn, digest, work, request.acknowledged)
 
 
-_PERSONS = {kind: kind.encode() for kind in ("tensors", "observations", "text")}
+_PERSONS = {kind: kind.encode() for kind in ("tensors", "observations", "text", "generate")}
 
 
 def _tensors(model: Model, request: pb.TurnRequest) -> Plan:
     graph = model.bundle.graph
     tensors = request.tensors.tensors
     if graph.packed is not None and len(tensors) == len(graph.inputs):
-        steps, packed = wire.read_packed(graph, tensors)
+        steps, packed = wire.read_packed(graph, tensors, [t.data for t in tensors])
         if packed is not None:
             return Plan(partial(_reply, request, graph), inputs=(packed, Sizes(1, steps)))
     if graph.ragged:
@@ -242,8 +246,8 @@ def _reply(request: pb.TurnRequest, graph: Graph, outputs: Views) -> bytes:
     """A serialised TurnReply, put together from parts: most of it is the same for every turn of a model."""
     values: list[bytes] = []
     size = 0
-    for place, tensor in enumerate(graph.outputs):
-        data, shape = outputs.data(place)
+    for tensor in graph.outputs:
+        data, shape = wire.bytes_of(tensor, outputs)
         head = _head(tensor, shape, len(data))
         size += len(head) + len(data)
         values += (head, data)
@@ -290,6 +294,32 @@ def _text(model: Model, request: pb.TurnRequest, rest: str) -> Plan:
     if read.words is None:
         return Plan(answer, read.rest, glance=glance)
     return Plan(answer, read.rest, ({"tokens": read.words[None]}, Sizes(1, len(read.words))), glance)
+
+
+def _generate(model: Model, request: pb.TurnRequest, rest: str) -> Plan:
+    """A turn of as many rounds as it has symbols. The last of them no round has read: it is the session's `rest`, as its id."""
+    task, asked = model.task, request.generate
+    if not isinstance(task, Generator):
+        raise InvalidInput("WRONG_TASK", f"model {model.name!r} can {model.bundle.kind}; it does not go on with texts", model=model.name)
+    if asked.HasField("model"):
+        raise InvalidInput("NAME_NO_MODEL", f"a session has its model, {model.name!r}; leave the turn's empty", model=model.name)
+    drawing = task.read(asked.text, read_wishes(asked), (int(rest),) if rest else None)
+
+    def answer(_: Outputs) -> bytes:
+        reply = write_generated(drawing.result())
+        return pb.TurnReply(session=request.session, turn=request.turn, generated=reply).SerializeToString(deterministic=True)
+
+    def more(outputs: Views) -> tuple[Inputs, Sizes] | None:
+        drawing.advance(outputs["logits"][0, -1])
+        if not drawing.ended:
+            return task.following(drawing)
+        plan.fresh = drawing.ended == "end"  # the next turn begins another text
+        plan.rest = "" if plan.fresh else str(drawing.pending[0])
+        return None
+
+    plan = Plan(answer, inputs=({"tokens": drawing.first[None]}, Sizes(1, len(drawing.first))))
+    plan.more = more
+    return plan
 
 
 def _refusal(error: ServeError) -> pb.Refusal:

@@ -17,6 +17,7 @@ from contract.bundle import BATCH, TIME, Graph, Tensor
 from protos import inference_pb2 as pb
 from server.errors import InvalidInput, listed
 from server.rpc.shared_memory import REGION, Place, Regions, place
+from server.sequence import Views
 
 Array = np.ndarray[Any, Any]
 
@@ -88,15 +89,14 @@ def read(name: str, kind: str, shape: Sequence[int], raw: bytes) -> Array:
     return np.frombuffer(raw, dtype).reshape(dims)
 
 
-def read_packed(graph: Graph, tensors: Sequence[Any]) -> tuple[int, tuple[bytes, ...] | None]:
+def read_packed(graph: Graph, tensors: Sequence[Any], raw: Sequence[bytes]) -> tuple[int, tuple[bytes, ...] | None]:
     """One row's raw tensors as they came, in the graph's order, and their steps; None where they are not of the usual form,
-    and must be looked at in detail. `graph.packed` is there."""
+    and must be looked at in detail. `graph.packed` is there, and there are as many tensors as inputs."""
     steps = 0
     parts: list[bytes] = []
-    for tensor, sent in zip(graph.inputs, tensors, strict=True):
+    for tensor, sent, data in zip(graph.inputs, tensors, raw, strict=True):
         if sent.name != tensor.name:
             return 0, None  # in another order, or another's
-        data: bytes = sent.data
         mine = _steps(tensor, sent.datatype, tuple(sent.shape))
         if not mine or len(data) != mine * tensor.packed or (tensor.time_axis is not None and steps not in (0, mine)):
             return 0, None
@@ -216,13 +216,42 @@ def raw(array: Array) -> bytes:
     return b"".join(part for text in texts for part in (struct.pack("<I", len(text)), text))
 
 
-def write_outputs(response: pb.ModelInferResponse, wanted: Iterable[Tensor], outputs: Values) -> None:
-    """Add outputs to a response, raw."""
-    add, append = response.outputs.add, response.raw_output_contents.append
+def bytes_of(tensor: Tensor, outputs: Values) -> tuple[bytes, tuple[int, ...]]:
+    """An output's bytes as they travel, and its shape."""
+    if isinstance(outputs, Views) and tensor.dtype != "string":
+        return outputs.data(tensor)
+    array = outputs[tensor.name]
+    return raw(array), array.shape
+
+
+def response(head: bytes, parameters: bytes, id: str, wanted: Sequence[Tensor], outputs: Values) -> bytes:
+    """A serialised ModelInferResponse, put together from parts: most of it is the same for every answer of a model. `head` is
+    one with the model's name and version, `parameters` any number of `parameter`s."""
+    shapes = []
+    values: list[bytes] = []
     for tensor in wanted:
-        array = outputs[tensor.name]
-        add(name=tensor.name, datatype=_NAMES[tensor.dtype], shape=array.shape)
-        append(raw(array))
+        data, shape = bytes_of(tensor, outputs)
+        shapes.append(shape)
+        values += (b"\x32", varint(len(data)), data)
+    if id:
+        encoded = id.encode()
+        head += b"\x1a" + varint(len(encoded)) + encoded
+    return b"".join((head, parameters, _abouts(tuple(wanted), tuple(shapes)), *values))
+
+
+@lru_cache(maxsize=4096)
+def _abouts(wanted: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> bytes:
+    described = pb.ModelInferResponse()
+    for tensor, shape in zip(wanted, shapes, strict=True):
+        described.outputs.add(name=tensor.name, datatype=_NAMES[tensor.dtype], shape=shape)
+    return described.SerializeToString()
+
+
+def parameter(name: bytes, value: int) -> bytes:
+    """One whole number among a response's parameters: an entry of the map in field 4, its value an InferParameter."""
+    number = varint(value)
+    inner = b"".join((b"\x0a", varint(len(name)), name, b"\x12", varint(len(number) + 1), b"\x10", number))
+    return b"\x22" + varint(len(inner)) + inner
 
 
 def share_outputs(

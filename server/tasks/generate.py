@@ -137,6 +137,10 @@ class Generator:
             raise InvalidInput("TOO_LONG", message, expected=f"0..{most}", got=len(ids))
         return drawing
 
+    def following(self, drawing: Drawing) -> tuple[dict[str, Array], Sizes]:
+        """What the next round reads: the symbol just drawn."""
+        return {"tokens": np.array([drawing.pending], np.int64)}, Sizes(1, 1)
+
     def start(
         self, text: str, wanted: Wanted, then: Callable[[Sequence, Generated], None], failed: Callable[[ServeError], None],
         drawn: Callable[[Drawn], None] | None = None, deadline: float | None = None,
@@ -151,7 +155,7 @@ class Generator:
             if drawing.ended:
                 then(sequence, drawing.result())
             else:
-                sequence.go_on(self._main, {"tokens": np.array([drawing.pending], np.int64)}, Sizes(1, 1), sequence.state)
+                sequence.go_on(self._main, *self.following(drawing), sequence.state)
 
         sequence = Sequence(self._main, {"tokens": drawing.first[None]}, Sizes(1, len(drawing.first)), stepped, failed)
         self._engine.submit(sequence, deadline)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from contract.bundle import is_ragged
 from server.engine import Engine
 from server.errors import InvalidInput, ServeError
-from server.inputs import Array, check
-from server.sequence import Outputs, Sequence
+from server.inputs import Array, Sizes, check
+from server.sequence import Inputs, Outputs, Packed, Sequence
 
 
 class Tensors:
@@ -29,7 +29,19 @@ class Tensors:
                 "TASK_ONLY", f"model {self._engine.name!r} lays rows of different lengths end to end; call it by its task, "
                 f"{self._engine.bundle.kind!r}", model=self._engine.name,
             )  # fmt: skip
-        sizes = check(self.graph, inputs, self.most_rows)
+        return self._queue(inputs, check(self.graph, inputs, self.most_rows), then, failed, deadline)
+
+    def start_packed(
+        self, inputs: Packed, steps: int, then: Callable[[Sequence, Outputs], None], failed: Callable[[ServeError], None],
+        deadline: float | None = None,
+    ) -> Sequence:  # fmt: skip
+        """The same for one row whose inputs are as they came; `failed` is told of values that the contract forbids."""
+        return self._queue(inputs, Sizes(1, steps), then, failed, deadline)
+
+    def _queue(
+        self, inputs: Inputs | Packed, sizes: Sizes, then: Callable[[Sequence, Outputs], None], failed: Callable[[ServeError], None],
+        deadline: float | None,
+    ) -> Sequence:  # fmt: skip
         sequence = Sequence(self._engine.bundle.main, inputs, sizes, then, failed)
         self._engine.submit(sequence, deadline)
         return sequence

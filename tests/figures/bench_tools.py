@@ -88,6 +88,14 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
 
 
+class Died(RuntimeError):
+    """A client ended with a status other than 0, or below 0 by a signal."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(f"the client ended with status {status}: {said}")
+        self.status = status
+
+
 class Load:
     """A client process under way, and the CPU that it and the server use while its load is steady."""
 
@@ -116,12 +124,12 @@ class Load:
             before = now
 
     def output(self) -> str:
-        """What the client printed. Raises RuntimeError with it where the client failed."""
+        """What the client printed. Raises Died with it where the client failed."""
         text, _ = self._process.communicate()
         self._over.set()
         self._watcher.join()
         if self._process.returncode:
-            raise RuntimeError(f"{' '.join(self._process.args)}\n{text[-3000:]}")  # type: ignore[arg-type]  # always a list of words
+            raise Died(self._process.returncode, text[-3000:].strip() or "it said nothing")
         return text
 
     def cores(self) -> tuple[float, float]:
@@ -151,7 +159,17 @@ def report(file: Path) -> tuple[float, float, float]:
 
 
 def analysed(model: str, port: int, server: int, callers: int, window: float, options: tuple[str, ...] = ()) -> Measured:
-    """One pass of perf_analyzer against a server. Raises RuntimeError where it fails, with what it printed."""
+    """One pass of perf_analyzer against a server; another where a signal ends it, since a client's crash says
+    nothing of the server. Raises RuntimeError where it fails, with what it printed."""
+    try:
+        return _analysed(model, port, server, callers, window, options)
+    except Died as e:
+        if e.status > 0:
+            raise
+        return _analysed(model, port, server, callers, window, options)
+
+
+def _analysed(model: str, port: int, server: int, callers: int, window: float, options: tuple[str, ...]) -> Measured:
     binary, environment = perf_analyzer()
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "report.csv"

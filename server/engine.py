@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 Clock = Callable[[], float]
 
-ENOUGH = 64  # rows: what one round takes by default
+ENOUGH = int(__import__("os").environ.get("ENOUGH","64"))
 BRIEF = 0.0015  # seconds: rounds expected to take no longer are run by the thread that brings them
 
 

@@ -36,7 +36,7 @@ ABOUT = About(
     use="Goes on with a text in the manner of the plays it read, and gives the probability of each next character. A toy "
     "and a teaching piece: it means nothing by what it writes.",
     data="Tiny Shakespeare (Karpathy, char-rnn, 2015): 1,115,394 characters; the last tenth is the test, 40,000 characters "
-    "from the middle chose the weights",
+    "from the middle chose the weights.",
     licence="The plays are in the public domain; the file comes from a repository under the MIT licence.",
     design="Character vectors, two LSTM layers, one linear layer; truncated backpropagation through time with the state "
     "carried across chunks and reset where a document begins.",

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from contract.chain import labelled
-from contract.text import Vocabulary
+from contract.text import of_letters
 from seqserve import Client
 from server.catalog import Catalog
 from server.engine import Workers
@@ -237,9 +237,9 @@ def window_mlp(asker: Offline | Online, asked: Asked, data: Path) -> Iterator[Fi
 
 def generator(asker: Offline | Online, asked: Asked, data: Path) -> Iterator[Figure]:
     """Nats a character: the test text in a few stretches, each read from its beginning, all 111,540 characters foretold."""
-    directory = next((ROOT / "models" / "shakespeare").iterdir())
-    vocabulary = Vocabulary.load(directory / charlm.VOCABULARY)
-    stretches = shakespeare.stretches(shakespeare.load(data).test, charlm.LONGEST)
+    text = shakespeare.load(data)
+    vocabulary = of_letters(text.train)
+    stretches = shakespeare.stretches(text.test, charlm.LONGEST)
     ids = [vocabulary.encode(stretch) for stretch in stretches]
     given = [np.concatenate([[charlm.START_ID], i[:-1]])[None] for i in ids]
     logits = asked.all("shakespeare", given, lambda tokens: asker.tensor("shakespeare", {"tokens": tokens}, "logits"))
@@ -312,7 +312,7 @@ def main() -> int:
     how = "served over gRPC" if options.served else "offline"
     table = Table("model", "data", "metric", "value", "floor", "", title=f"Quality, {how}")
     for f in figures:
-        digits = 3 if f.metric in ("MSE", "MAE") else 2
+        digits = 3 if f.metric in ("MSE", "MAE", "nats a character") else 2
         table.add_row(f.model, f.data, f.metric, f"{f.value:.{digits}f}", f.floor, "" if f.held else "MISSED")
     console.print(table)
     if options.json:

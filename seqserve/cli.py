@@ -248,6 +248,15 @@ def _parser(rooms: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentParser
     c.add_argument("--json", action="store_true", help="print JSON")
 
     c = add(
+        "health", commands.health, "ask whether a server serves",
+        "Asks the server's health (grpc.health.v1): prints its word, and exits with 1 unless that is SERVING. For container\n"
+        "health checks and scripts that wait.",
+        "seqserve health --timeout 2",
+        "seqserve health --service seqserve.v1.Sessions",
+    )  # fmt: skip
+    c.add_argument("--service", metavar="NAME", default="", help="of one service; default: of the server")
+
+    c = add(
         "infer", commands.infer, "run a model on plain tensors",
         "Runs a model on tensors: NAME=JSON, NAME=@FILE.json or NAME=@FILE.npy for each input.\n"
         "JSON takes the datatype that the model names; without any input, the tensors it wants are listed.",

@@ -112,6 +112,13 @@ def _stream(pieces: Iterable[results.TranslationPiece], as_json: bool) -> result
     return whole
 
 
+def health(client: Client, options: argparse.Namespace) -> None:
+    status = client.health(options.service)
+    if status != "SERVING":
+        raise errors.Unavailable(f"it says {status}", status="UNAVAILABLE")
+    print(status)
+
+
 def forecast(client: Client, options: argparse.Namespace) -> None:
     kept = _forecaster(client.models(), options.model, options.model_version)
     text = inputs.stdin() if options.csv == "-" else inputs.read(Path(options.csv))

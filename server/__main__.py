@@ -17,6 +17,7 @@ from server.config import Config
 from server.store import StoreUnusable
 
 STOP = (signal.SIGTERM, signal.SIGINT)
+HEARD = (*STOP, signal.SIGHUP)  # the last: read the keys anew
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,14 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     # Waited for, not handled: a Python handler only runs once the main thread runs Python again, and a signal that comes
     # just before it starts to wait would be lost. Blocked before any thread is started, so that none of them takes it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     try:
         app = App(config)
         app.start()
     except (OSError, ValueError, StoreUnusable) as e:
         print(f"seqserve: {e}", file=sys.stderr)
         return 1
-    signal.sigwait(STOP)
+    while signal.sigwait(HEARD) == signal.SIGHUP:
+        app.reload()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # a second one ends us at once
     logging.getLogger(__name__).info("draining")
     app.stop()

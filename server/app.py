@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ from server import shelf
 from server.catalog import Catalog
 from server.config import Config
 from server.engine import Workers
+from server.keys import Keys
 from server.metrics import Metrics
 from server.rounds import Limits
 from server.rpc import health, inference, inference_stream, repository, sessions, tasks
 from server.rpc.answer import Desk
 from server.rpc.front import Options, choose_front
+from server.rpc.gate import Gate
 from server.rpc.parameters import SERVICE
 from server.rpc.settings import Settings
 from server.rpc.shared_memory import Regions, SharedMemory
@@ -34,6 +37,10 @@ log = logging.getLogger(__name__)
 # times a message, and cost 7 % of a turn.
 COLLECT = (20_000, 20, 50)
 
+# How long a worker that comes back from a run waits until the front's thread must let go of the interpreter. With Python's own
+# 5 ms rounds were seen to wait 30 ms for their start and end.
+SWITCH_S = 0.0005
+
 
 class App:
     """One server. `start` returns once it serves; `stop` drains first."""
@@ -46,13 +53,15 @@ class App:
         statistics = Statistics(self.metrics)
         self.catalog = Catalog(self.workers, limits, statistics, config.max_request_rows)
         self.store = open_store(config.store, config.durability)
-        self.shelf = Shelf(self.catalog, self.store, shelf.Limits(config.max_sessions, config.resident_sessions, config.session_ttl))
+        room = shelf.Limits(config.max_sessions, config.resident_sessions, config.session_ttl)
+        self.shelf = Shelf(self.catalog, self.store, room, moves=config.move_sessions == "compatible")
         self.turns = Turns(self.shelf, self.workers)
         regions = Regions(config.allow_shared_memory)
         infer = inference.Inference(self.catalog, self.shelf, self.turns, lambda: self.health.serving, regions, config)
         services = [SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
         self.health = health.Health(services)
-        desk = Desk(self.metrics, config.access_log)
+        self.keys = Keys(config.keys, config.keys_interval) if config.keys is not None else None
+        desk = Desk(self.metrics, config.access_log, Gate(self.keys) if self.keys is not None else None)
         methods = {
             **infer.methods(desk),
             **inference_stream.methods(infer, desk),
@@ -63,10 +72,11 @@ class App:
             **tasks.Tasks(self.catalog, lambda: self.health.serving).methods(desk),
             **sessions.Sessions(self.shelf, self.turns).methods(desk),
             **self.health.methods(desk),
-            **health.reflect(services),
+            **(health.reflect(services, desk) if config.reflection else {}),
         }
-        options = Options(max_receive_bytes=config.max_message_bytes)
+        options = Options(max_receive_bytes=config.max_message_bytes, streams=config.connection_streams)
         self.front = choose_front(config.front)(methods, options, self.workers)
+        self.metrics.watch_server(self.shelf, config.workers, lambda: self.front.live)
         self.port = 0
         self.metrics_port = -1
         self._stop_metrics: Callable[[], None] = lambda: None
@@ -86,9 +96,14 @@ class App:
             self.metrics_port, self._stop_metrics = self.metrics.serve(self.config.host, self.config.metrics_port)
         self.workers.start()
         self.shelf.start()
+        if self.keys is not None:
+            self.keys.start()
+            if self.config.tls_cert is None:
+                log.warning("keys go over the wire in the clear: set --tls-cert and --tls-key, or let only a TLS proxy reach this port")
         gc.collect()
         gc.freeze()  # what is there now stays: models, code
         gc.set_threshold(*COLLECT)
+        sys.setswitchinterval(SWITCH_S)
         self.front.start()
         self.health.set(True)
         if self.config.port_file is not None:
@@ -97,6 +112,11 @@ class App:
             "serving %d models on %s:%d (metrics %s) after %.2f s", len(models), self.config.host, self.port,
             self.metrics_port if self.metrics_port >= 0 else "off", time.monotonic() - began,
         )  # fmt: skip
+
+    def reload(self) -> None:
+        """Read the keys' file anew."""
+        if self.keys is not None:
+            self.keys.reload()
 
     def stop(self) -> None:
         """Take nothing new, finish what runs, end what is left after `drain_seconds`."""
@@ -109,6 +129,8 @@ class App:
         self.workers.stop()
         self.shelf.stop()
         self.front.stop(min(left, 1.0) if done else 0.0)  # replies are sent; a second is for slow readers
+        if self.keys is not None:
+            self.keys.stop()
         self._stop_metrics()
         log.info("stopped after %.2f s%s", time.monotonic() - began, "" if done else "; some requests were refused")
 

@@ -35,6 +35,9 @@ class Config:
     max_sessions: int = _knob(100_000, "sessions open at once; one more is refused with a time to retry after")
     resident_sessions: int = _knob(20_000, "sessions in memory; those unused longest leave it for the store, unnoticed")
     session_ttl: float = _knob(3600.0, "seconds a session lives after its last turn, where its caller names none")
+    move_sessions: str = _knob(
+        "never", "when a new version is loaded: never, sessions finish on theirs; compatible, they go on with it where its states are the same"
+    )
     max_message_bytes: int = _knob(16 << 20, "size of one message; larger ones are refused")
     allow_shared_memory: bool = _knob(False, "let callers on this machine register POSIX shared memory and name it in place of bytes")
     server_name: str = _knob("seqserve", "what ServerMetadata says; clients written for another server may look for its name")
@@ -43,21 +46,29 @@ class Config:
     tls_cert: Path | None = _knob(None, "PEM certificate chain; with --tls-key, calls are encrypted")
     tls_key: Path | None = _knob(None, "PEM private key of --tls-cert")
     tls_client_ca: Path | None = _knob(None, "PEM authority that clients' certificates must come from (mutual TLS)")
+    keys: Path | None = _knob(None, "TOML file of hashed keys, their tenants, roles, quotas (docs/security.md); without it anyone may call")
+    keys_interval: float = _knob(10.0, "seconds between looks at whether --keys has changed; 0 for SIGHUP only")
+    reflection: bool = _knob(True, "let callers ask which services and messages there are; health needs no key either way")
+    connection_streams: int = _knob(10_000, "calls of one connection at once, further ones wait at the caller; 0 is no limit")
     log_level: str = _knob("info", "debug, info, warning or error")
     access_log: bool = _knob(False, "log a line per call: method, peer, status, times")
 
     def __post_init__(self) -> None:
         least: Mapping[str, int] = {
             "workers": 1, "max_rows": 1, "chunk": 1, "max_queue": 1, "max_request_rows": 1, "max_sessions": 1, "resident_sessions": 1,
-            "max_message_bytes": 1024, "port": 0,
+            "max_message_bytes": 1024, "port": 0, "connection_streams": 0,
             "metrics_port": -1,
         }  # fmt: skip
         faults = [f"--{_flag(name)} must be at least {low}" for name, low in least.items() if getattr(self, name) < low]
         faults += [f"--{_flag(name)} must be at most 65535" for name in ("port", "metrics_port") if getattr(self, name) > 65535]
+        if self.keys_interval < 0:
+            faults.append("--keys-interval must not be negative")
         if self.drain_seconds < 0:
             faults.append("--drain-seconds must not be negative")
         if self.session_ttl <= 0:
             faults.append("--session-ttl must be above 0")
+        if self.move_sessions not in ("never", "compatible"):
+            faults.append("--move-sessions must be never or compatible")
         if self.front not in ("auto", "queue", "public"):
             faults.append("--front must be auto, queue or public")
         if self.log_level not in ("debug", "info", "warning", "error"):

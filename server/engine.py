@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 Clock = Callable[[], float]
 
-ENOUGH = int(__import__("os").environ.get("ENOUGH","64"))
-BRIEF = 0.0015  # seconds: rounds expected to take no longer are run by the thread that brings them
+ENOUGH = 64  # rows: what one round takes by default
+BRIEF = 0.004  # seconds: rounds expected to take no longer are run by the thread that brings them
 
 
 class Watch(Protocol):
@@ -67,6 +67,10 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         """The caller has gone: free the rows, say nothing to anyone."""
         self._workers.cancel(self, sequence)
+
+    def waited(self) -> tuple[float, float]:
+        """Seconds that whoever waits longest for its next round has waited, and that all that is here is expected to take."""
+        return self._workers.waited(self)
 
     def retire(self) -> None:
         """Take no more; what is here is finished, then the engine is forgotten."""
@@ -188,6 +192,12 @@ class Workers:
         if left:
             engine.watch.left(engine, [sequence], "cancelled")
 
+    def waited(self, engine: Engine) -> tuple[float, float]:
+        now = self._clock()
+        with self._wake:
+            since = min((s.since for s in engine.rounds.everyone()), default=now)
+            return max(0.0, now - since), engine.rounds.expected_wait() if engine.rounds.tickets else 0.0
+
     def drain(self, seconds: float) -> bool:
         """Take nothing new; wait until what is here is done. False where `seconds` did not suffice."""
         with self._wake:
@@ -231,7 +241,6 @@ class Workers:
         take what comes, until this thread attends again."""
         with self._wake:
             chosen = None
-            self._brought = 0
             late = self._late()
             engines = [e for e in self._engines if e.rounds.waiting_rows]
             if engines and not self._stopping:
@@ -243,6 +252,7 @@ class Workers:
                         chosen = (engine, round)
                 if self._asleep and len(engines) > len(brief):
                     self._wake.notify()
+            self._brought = sum(e.rounds.waiting_rows for e in engines)
             if chosen is None and not late:
                 self._attending = False
                 if engines and self._asleep:

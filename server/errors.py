@@ -7,6 +7,8 @@
     ├── Exists           ALREADY_EXISTS       the name is taken: use another, or free it first
     ├── Gone             FAILED_PRECONDITION  the session has ended, the reason says why; open a new one
     ├── Conflict         FAILED_PRECONDITION  not the turn that comes next; go on from the last applied turn, in the facts
+    ├── Unauthenticated  UNAUTHENTICATED      show a key of this server (keys.py)
+    ├── Denied           PERMISSION_DENIED    not with this key: ask an operator
     ├── Overloaded       RESOURCE_EXHAUSTED   send again after `retry_after`
     ├── DeadlineExceeded DEADLINE_EXCEEDED    allow more time; nothing was changed
     ├── StoreFailed      UNAVAILABLE          the session's store did not write; nothing was applied, send the turn again (store.py)
@@ -57,6 +59,14 @@ class Gone(ServeError):
 
 class Conflict(ServeError):
     status = "FAILED_PRECONDITION"
+
+
+class Unauthenticated(ServeError):
+    status = "UNAUTHENTICATED"
+
+
+class Denied(ServeError):
+    status = "PERMISSION_DENIED"
 
 
 class Overloaded(ServeError):

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from server.engine import Engine
     from server.sequence import Sequence
+    from server.shelf import Shelf
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -31,23 +32,31 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
+_MODEL = ("model", "version")
+
 TABLE = (
-    Metric("seqserve_rounds_total", Counter, ("model", "version", "graph"), "Rounds run: one run of one graph"),
-    Metric("seqserve_round_rows", Histogram, ("model", "version"), "Rows that a round advanced together", _COUNTS),
-    Metric("seqserve_round_steps", Histogram, ("model", "version"), "Time steps that a round advanced its rows by", _COUNTS),
-    Metric("seqserve_round_seconds", Histogram, ("model", "version"), "Seconds a round took: stack, run, split", _SECONDS),
-    Metric("seqserve_row_steps_total", Counter, ("model", "version"), "Rows times steps advanced; nothing padded, so all of it wanted"),
-    Metric(
-        "seqserve_sequences_total",
-        Counter,
-        ("model", "version", "outcome"),
-        "Sequences answered, failed, cancelled, expired",
-    ),
-    Metric("seqserve_queue_seconds", Histogram, ("model", "version"), "Seconds an answered sequence waited for rounds", _SECONDS),
-    Metric("seqserve_waiting", Gauge, ("model", "version"), "Sequences waiting or running"),
+    Metric("seqserve_rounds_total", Counter, (*_MODEL, "graph"), "Rounds run: one run of one graph"),
+    Metric("seqserve_round_rows", Histogram, _MODEL, "Rows that a round advanced together", _COUNTS),
+    Metric("seqserve_round_steps", Histogram, _MODEL, "Time steps that a round advanced its rows by", _COUNTS),
+    Metric("seqserve_round_seconds", Histogram, _MODEL, "Seconds a round took: stack, run, split", _SECONDS),
+    Metric("seqserve_row_steps_total", Counter, _MODEL, "Rows times steps advanced; nothing padded, so all of it wanted"),
+    Metric("seqserve_busy_seconds_total", Counter, _MODEL, "Seconds that threads spent in rounds; over the workers, how busy engines are"),
+    Metric("seqserve_workers", Gauge, (), "Threads that run rounds"),
+    Metric("seqserve_sequences_total", Counter, (*_MODEL, "outcome"), "Sequences answered, failed, cancelled, expired"),
+    Metric("seqserve_queue_seconds", Histogram, _MODEL, "Seconds an answered sequence waited for rounds", _SECONDS),
+    Metric("seqserve_task_seconds", Histogram, ("task", *_MODEL), "Seconds from a sequence's arrival in the queue to its answer", _SECONDS),
+    Metric("seqserve_waiting", Gauge, _MODEL, "Sequences waiting or running"),
+    Metric("seqserve_queue_age_seconds", Gauge, _MODEL, "Seconds that whoever waits longest for a round has waited; 0 where nobody does"),
+    Metric("seqserve_expected_wait_seconds", Gauge, _MODEL, "Seconds that what is here now will take, by the measured cost of a step"),
     Metric("seqserve_calls_total", Counter, ("method", "code"), "Calls that ended, by gRPC status"),
     Metric("seqserve_call_seconds", Histogram, ("method",), "Seconds from a call's arrival to its end", _SECONDS),
+    Metric("seqserve_calls_open", Gauge, (), "Calls that have begun and are not over, streams among them"),
     Metric("seqserve_refusals_total", Counter, ("reason",), "Calls refused or failed, by machine-readable reason"),
+    Metric("seqserve_sessions", Gauge, ("place",), "Live sessions by where they are: memory, or only the store"),
+    Metric("seqserve_sessions_begun_total", Counter, ("how",), "Sessions opened, forked, or resumed: from the store or from an export"),
+    Metric("seqserve_sessions_ended_total", Counter, ("why",), "Sessions closed, expired, evicted, moved, unloaded"),
+    Metric("seqserve_turns_total", Counter, ("outcome",), "Turns applied, and turns replayed: answered again from memory"),
+    Metric("seqserve_state_bytes", Gauge, _MODEL, "Bytes of state that sessions keep in memory"),
     Metric("seqserve_models", Gauge, ("state",), "Bundles by state: ready, or refused at load"),
 )
 
@@ -66,7 +75,10 @@ class Metrics(Collector):
         self._spreads: dict[tuple[str, ...], _Spread] = {}  # name, labels → histograms
         self._queues: dict[tuple[str, str], Engine] = {}
         self._watched: dict[int, _Watched] = {}  # by id of the engine
+        self._shelf: Shelf | None = None
+        self._open: Callable[[], int] | None = None
         self.registry.register(self)
+        ProcessCollector(registry=self.registry)  # process_*: CPU, memory, file descriptors, read from /proc when somebody looks
 
     def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
         """Serve /metrics over HTTP; the bound port, and how to stop."""
@@ -84,6 +96,11 @@ class Metrics(Collector):
 
     def forget_queue(self, engine: Engine) -> None:
         self._queues.pop((engine.name, engine.version), None)
+
+    def watch_server(self, shelf: Shelf, workers: int, calls: Callable[[], int]) -> None:
+        """Where to read, when somebody looks, what needs no counting: sessions, workers, open calls."""
+        self._shelf, self._open = shelf, calls
+        self._counts["seqserve_workers",] = workers
 
     def models(self, counts: Iterable[tuple[str, int]]) -> None:
         with self._lock:
@@ -106,6 +123,7 @@ class Metrics(Collector):
             if outcome == "answered":
                 for sequence in sequences:
                     watched.queued.add(sequence.queued)
+                    watched.task.add(sequence.queued + sequence.run)
 
     def call(self, method: str, code: str, seconds: float) -> None:
         with self._lock:
@@ -129,15 +147,24 @@ class Metrics(Collector):
                 for graph, rounds in watched.rounds.items():
                     counts["seqserve_rounds_total", *model, graph] = rounds
                 counts["seqserve_row_steps_total", *model] = watched.row_steps
+                counts["seqserve_busy_seconds_total", *model] = watched.seconds.sum
                 for outcome, left in watched.outcomes.items():
                     counts["seqserve_sequences_total", *model, outcome] = left
                 spreads["seqserve_round_rows", *model] = watched.rows
                 spreads["seqserve_round_steps", *model] = watched.steps
                 spreads["seqserve_round_seconds", *model] = watched.seconds
                 spreads["seqserve_queue_seconds", *model] = watched.queued
-            for (name, version), engine in self._queues.items():
-                counts["seqserve_waiting", name, version] = engine.rounds.tickets
-            yield from [_family(m, counts, spreads) for m in TABLE]
+                spreads["seqserve_task_seconds", watched.kind, *model] = watched.task
+            spreads = {key: spread.copy() for key, spread in spreads.items()}
+            queues = dict(self._queues)
+        for (name, version), engine in queues.items():
+            counts["seqserve_waiting", name, version] = engine.rounds.tickets
+            counts["seqserve_queue_age_seconds", name, version], counts["seqserve_expected_wait_seconds", name, version] = engine.waited()
+        if self._open is not None:
+            counts["seqserve_calls_open",] = self._open()
+        if self._shelf is not None:
+            counts.update(_sessions(self._shelf))
+        yield from [_family(m, counts, spreads) for m in TABLE]
 
     def _count(self, *key: str) -> None:
         self._counts[key] = self._counts.get(key, 0) + 1
@@ -147,7 +174,7 @@ class Metrics(Collector):
         if watched is None:
             model = (engine.name, engine.version)
             same = [w for w in self._watched.values() if w.model == model]  # an engine loaded again goes on counting
-            watched = self._watched[id(engine)] = same[0] if same else _Watched(model)
+            watched = self._watched[id(engine)] = same[0] if same else _Watched(model, engine.bundle.kind)
         return watched
 
 
@@ -161,6 +188,11 @@ class _Spread:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
+    def copy(self) -> _Spread:
+        copied = _Spread(self.bounds)
+        copied.counts, copied.sum = list(self.counts), self.sum
+        return copied
+
     def add(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
@@ -169,15 +201,46 @@ class _Spread:
 class _Watched:
     """What is counted of one version of a model."""
 
-    __slots__ = ("model", "outcomes", "queued", "rounds", "row_steps", "rows", "seconds", "steps")
+    __slots__ = ("kind", "model", "outcomes", "queued", "rounds", "row_steps", "rows", "seconds", "steps", "task")
 
-    def __init__(self, model: tuple[str, str]) -> None:
+    def __init__(self, model: tuple[str, str], kind: str) -> None:
         self.model = model
+        self.kind = kind
         self.rounds: dict[str, int] = {}
         self.outcomes: dict[str, int] = {}
         self.row_steps = 0
         self.rows, self.steps = _Spread(_COUNTS), _Spread(_COUNTS)
-        self.seconds, self.queued = _Spread(_SECONDS), _Spread(_SECONDS)
+        self.seconds, self.queued, self.task = _Spread(_SECONDS), _Spread(_SECONDS), _Spread(_SECONDS)
+
+
+def _sessions(shelf: Shelf) -> Iterator[tuple[tuple[str, ...], float]]:
+    """What sessions have counted themselves, and what those in memory keep. Their lock is held for a copy of the list only."""
+    sessions = shelf.sessions
+    with shelf.changed:
+        memory = sessions.all()
+        store = len(sessions) - len(memory)
+        begun, ended = dict(sessions.begun), dict(sessions.ended_as)
+        turns = (("applied", sessions.turns_applied), ("replayed", sessions.turns_replayed))
+    yield ("seqserve_sessions", "memory"), len(memory)
+    yield ("seqserve_sessions", "store"), store
+    for how, count in begun.items():
+        yield ("seqserve_sessions_begun_total", how), count
+    for why, count in ended.items():
+        yield ("seqserve_sessions_ended_total", why), count
+    for outcome, count in turns:
+        yield ("seqserve_turns_total", outcome), count
+    kept: dict[tuple[str, str], int] = {}
+    each: dict[tuple[str, str], int] = {}  # bytes of a row: the same for all sessions of a model
+    for session in memory:
+        rows = session.state.rows
+        if rows is not None:
+            model = (session.model, session.version)
+            size = each.get(model)
+            if size is None:
+                size = each[model] = sum(array.nbytes for array in rows.arrays())
+            kept[model] = kept.get(model, 0) + size
+    for model, size in kept.items():
+        yield ("seqserve_state_bytes", *model), size
 
 
 def _family(m: Metric, counts: dict[tuple[str, ...], float], spreads: dict[tuple[str, ...], _Spread]) -> Family:

@@ -67,6 +67,7 @@ class RedisStore:
     """Sessions at `url`: redis://, rediss:// or unix://. Raises StoreUnusable."""
 
     shared = True
+    quick = False
 
     def __init__(self, url: str, durability: Durability, prefix: bytes = PREFIX) -> None:
         self.durability = durability

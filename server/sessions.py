@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -80,7 +80,7 @@ T = TypeVar("T", Answered, Pending)
 
 
 class Session:
-    """A session in memory: what is kept of it, and the turns under way. The first five never change."""
+    """A session in memory: what is kept of it, and the turns under way. Id, model and ttl never change."""
 
     __slots__ = (
         "acknowledged", "expires", "fingerprint", "id", "line", "model", "replies", "state", "telling", "ttl", "turn", "version",
@@ -123,6 +123,9 @@ class Sessions:
         self._ended: OrderedDict[str, tuple[str, int]] = OrderedDict()  # id → why, last turn
         self._deadlines: list[tuple[float, int, str]] = []
         self._tie = itertools.count()
+        self.begun: Counter[str] = Counter()  # opened, forked, resumed; these four are counted for whoever watches (metrics.py)
+        self.ended_as: Counter[str] = Counter()  # why → sessions
+        self.turns_applied = self.turns_replayed = 0
 
     def __len__(self) -> int:
         return len(self._live) + len(self._away)
@@ -130,7 +133,7 @@ class Sessions:
     def __contains__(self, id: str) -> bool:
         return id in self._live or id in self._away
 
-    def open(self, kept: Kept, now: float, left: float | None = None) -> Session:
+    def open(self, kept: Kept, now: float, left: float | None = None, how: str = "") -> Session:
         """A new session, or one that was kept elsewhere, with `left` seconds to live (None: its ttl). Raises Conflict where its
         id lives, Overloaded past the quota."""
         if kept.id in self._live:
@@ -145,6 +148,7 @@ class Sessions:
             )  # fmt: skip
         self._ended.pop(kept.id, None)
         self._away.pop(kept.id, None)
+        self.begun[how or ("opened" if left is None else "resumed")] += 1
         session = self._live[kept.id] = Session(kept, now + (kept.ttl if left is None else left))
         heapq.heappush(self._deadlines, (session.expires, next(self._tie), kept.id))
         return session
@@ -183,7 +187,9 @@ class Sessions:
             if turn < 1 or turn <= session.acknowledged:
                 message = f"turn {turn} was answered and acknowledged; its reply is no longer kept; go on after"
                 raise self._refuse(Conflict, "ACKNOWLEDGED", message, session)
-            return Begun(reply=_same(session.replies[turn - session.acknowledged - 1], digest, session).reply)
+            reply = _same(session.replies[turn - session.acknowledged - 1], digest, session).reply
+            self.turns_replayed += 1
+            return Begun(reply=reply)
         line = session.line
         if place < len(line):
             pending = _same(line[place], digest, session)
@@ -203,13 +209,15 @@ class Sessions:
         """What the session is to be once the first turns in line, one per reply, are applied: to be stored first."""
         answered = [Answered(p.turn, p.digest, reply) for p, reply in zip(session.line, replies, strict=False)]
         last = session.turn + len(answered)
-        if answered and not answered[-1].digest:
-            return self._about(session, last, last, state, ())
+        for place in range(len(answered) - 1, -1, -1):
+            if not answered[place].digest:
+                return self._about(session, last, answered[place].turn, state, tuple(answered[place + 1 :]))
         return self._about(session, last, session.acknowledged, state, (*session.replies, *answered))
 
     def commit(self, session: Session, replies: Sequence[bytes], state: Any, now: float) -> list[Pending]:
         """Make it so. Gives back the turns that are applied now, to be answered; call `told` when they are."""
         session.telling = True
+        self.turns_applied += len(replies)
         done = []
         for reply in replies:
             pending = session.line.popleft()
@@ -223,6 +231,11 @@ class Sessions:
         session.state = state
         self._touch(session, now)
         return done
+
+    def move(self, session: Session, version: str, fingerprint: str) -> None:
+        """From its next turn on another version of its model runs it; turn, state and replies stay."""
+        session.version = version
+        session.fingerprint = fingerprint
 
     def told(self, session: Session) -> bool:
         """What was applied was told of. Whether turns came meanwhile, of which the first is to run."""
@@ -247,13 +260,14 @@ class Sessions:
 
     def _end(self, id: str, why: str, turn: int) -> None:
         self._ended[id] = (why, turn)
+        self.ended_as[why] += 1
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
 
     def fork(self, id: str, new: str, now: float) -> Session:
         """Another session that goes on from the same turn; unanswered turns are not taken along."""
         kept = self.find(id).kept
-        return self.open(replace(kept, id=new, acknowledged=kept.turn, replies=()), now)
+        return self.open(replace(kept, id=new, acknowledged=kept.turn, replies=()), now, how="forked")
 
     def expired(self, now: float) -> list[str]:
         """Sessions whose time is over; they have ended. One that has a turn under way lives on until it is done."""

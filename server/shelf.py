@@ -3,7 +3,8 @@
 Each is stored before its caller is told of it, and taken up again after a crash, or when it is used after it left memory.
 This file knows sessions and records, and which model may go on with a state; it must not know how a turn is run (turns.py).
 
-One lock guards all sessions, `changed`; it is held for decisions, never while the store is at work.
+One lock guards all sessions, `changed`; it is held for decisions, never while the store is at work. Where the store takes its
+time, `errands` are there for whoever must not wait for it: the front's thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dataclasses import dataclass, replace
 
 from server.catalog import Catalog, Model
 from server.engine import Clock
-from server.errors import Conflict, Gone, InvalidInput, NotFound, ServeError, listed
+from server.errands import Errands
+from server.errors import Conflict, Draining, Gone, InvalidInput, NotFound, ServeError, listed
 from server.records import Record, Unreadable, decode, encode, fits
 from server.sessions import Kept, Session, Sessions
 from server.states import Rows
@@ -53,12 +55,17 @@ class Limits:
 class Shelf:
     """All live sessions of a server."""
 
-    def __init__(self, catalog: Catalog, store: Store, limits: Limits, clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
+    def __init__(
+        self, catalog: Catalog, store: Store, limits: Limits, clock: Clock = time.monotonic, wall: Clock = time.time, *, moves: bool = False
+    ) -> None:
         self._catalog = catalog
         self._store = store
         self._limits = limits
         self._clock = clock
         self._wall = wall  # records outlive the process whose monotonic clock counts
+        self._moves = moves  # whether sessions go on with a newer version of their model where their state fits it
+        self._carried: dict[str, tuple[object, ...]] = {}  # by fingerprint of models met: their task and states
+        self.errands = None if store.quick else Errands()
         self._unfit: dict[str, ServeError] = {}  # stored sessions that can't be taken up
         self.sessions = Sessions(limits.most)
         self.changed = threading.Condition(threading.Lock())
@@ -95,6 +102,8 @@ class Shelf:
             self._stopping = True
             self.changed.notify_all()
         self._expiry.join()
+        if self.errands is not None:
+            self.errands.stop()
         if self._store.durability is Durability.NONE:
             self.write([session.kept for session in self.sessions.all()], always=True)
         self._store.close()
@@ -106,6 +115,7 @@ class Shelf:
             raise InvalidInput("NO_STATE", f"model {found.name!r} keeps no state: call it without a session", model=found.name)
         if found.bundle.kind == "translate":
             raise InvalidInput("NO_TURNS", f"model {found.name!r} answers whole texts: call Translate or TranslateStream", model=found.name)
+        self._known(found)
         _check_id(id)
         if not 0 <= ttl <= 1e9:
             raise InvalidInput("BAD_TTL", f"ttl {ttl}; allowed are 0 (the default, {self._limits.ttl:g} s) to 1e9 seconds", got=ttl)
@@ -220,6 +230,13 @@ class Shelf:
         """Sessions beyond those that memory is to hold leave it for the store; they come back when they are used."""
         if isinstance(self._store, MemoryStore) or len(self.sessions) <= self._limits.resident:
             return
+        if self.errands is not None and not self.keeps:
+            with suppress(Draining):  # on the way out all are written
+                self.errands.run((), self._put_away)
+        else:
+            self._put_away()
+
+    def _put_away(self) -> None:
         with self.changed:
             idle = [(session, session.kept) for session in self.sessions.idle(self._limits.resident)]
         if not idle:
@@ -231,7 +248,10 @@ class Shelf:
                 self.sessions.put_away(session, kept)
 
     def model(self, kept: Kept | Session) -> Model:
-        """The model that made a session's state. Raises Gone where it is not here, or another is under its name."""
+        """The model that goes on with a session's state: the one that made it, or where sessions move, the newest version that
+        fits. Raises Gone where there is none."""
+        if self._moves and (newest := self._newer(kept)) is not None:
+            return newest
         model = self._catalog.exact(kept.model, kept.version)
         if model is None:
             try:
@@ -241,6 +261,39 @@ class Shelf:
         if model.bundle.fingerprint != kept.fingerprint:
             raise _unfit(kept, "FINGERPRINT_MISMATCH", f"another {kept.model!r} version {kept.version} made its state")
         return model
+
+    def runs(self, session: Session) -> Model:
+        """The same for a session whose next turn is about to run: it moves now. What is stored of it says so with that turn, and
+        until then what was true before: the state is the same."""
+        model = self.model(session)
+        if model.bundle.fingerprint != session.fingerprint:
+            with self.changed:
+                self.sessions.move(session, model.version, model.bundle.fingerprint)
+        return model
+
+    def _newer(self, kept: Kept | Session) -> Model | None:
+        """The newest version of a session's model, where that is another than its own and carries states of the same names,
+        dtypes and axes; None where it is not."""
+        newest = self._catalog.exact(kept.model, "")
+        if newest is None or newest.bundle.fingerprint == kept.fingerprint:
+            return None
+        own = self._catalog.exact(kept.model, kept.version)
+        if own is not None and own.bundle.fingerprint == kept.fingerprint:
+            self._known(own)
+        if self._carried.get(kept.fingerprint) != self._known(newest):
+            return None
+        memory = kept.state
+        if isinstance(memory, Memory) and memory.rest and newest.bundle.kind == "generate":
+            return None  # the symbol that waits to be read is a number of its own vocabulary
+        return newest
+
+    def _known(self, model: Model) -> tuple[object, ...]:
+        """What a model carries between turns, remembered after it was unloaded."""
+        about = self._carried.get(model.bundle.fingerprint)
+        if about is None:
+            states = [(s.input, s.dtype, s.axes) for s in model.bundle.graph.states]
+            about = self._carried[model.bundle.fingerprint] = (model.bundle.kind, *states)
+        return about
 
     def _find(self, id: str) -> None:
         """See that a session is in memory, if it is anywhere. Raises Gone, where what is stored can't be taken up."""

@@ -56,6 +56,7 @@ class Store(Protocol):
 
     durability: Durability
     shared: bool  # whether other servers write to it too
+    quick: bool  # whether a read or a write takes some 10 µs; else it is not for a thread that others wait for
 
     def write(self, records: Iterable[Record], removed: Iterable[str] = ()) -> frozenset[str]:
         """One commit: end `removed`, then put `records`; all of it or nothing, as durable as promised when it returns. Gives
@@ -113,6 +114,7 @@ class MemoryStore:
 
     durability = Durability.NONE
     shared = False
+    quick = True
 
     def __init__(self) -> None:
         self._records: dict[str, Record] = {}

@@ -1,23 +1,27 @@
 """How the turns of live sessions are run: `sessions.py` decides, the engine runs, `shelf.py` keeps, this file joins them.
 
-A turn runs as a sequence from the session's state; turns sent ahead follow at once, one after another. All turns that a
-round completed are stored and applied together after it, and only then answered; what fails changes nothing. A caller that
+A turn runs as a sequence from the session's state; turns sent ahead follow at once, as one longer sequence where they may be
+joined (joined.py), else one after another. All turns that a round completed are stored and applied together after it, and only
+then answered; what fails changes nothing. A caller that
 leaves does not stop a turn that was begun: it may come back for the reply. A session has at most one sequence under way.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Listed
 
 from server.catalog import Model
 from server.engine import Clock, Workers
 from server.errors import Conflict, ModelFailed, ServeError
 from server.inputs import Sizes
+from server.joined import join, joinable, part
 from server.sequence import Inputs, Packed, Sequence, Views
 from server.sessions import Begun, Kept, Pending, Session
 from server.shelf import Memory, Shelf
@@ -51,10 +55,12 @@ class Plan:
 class Turn(ABC):
     """What a caller brings, and the caller. The fields are of the file that runs it."""
 
-    __slots__ = ("after", "model", "plan", "sequence", "session", "turns")
+    __slots__ = ("after", "alone", "joined", "model", "plan", "sequence", "session", "turns")
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
+        self.joined: tuple[Turn, ...] = ()  # the turns behind it that run along
+        self.alone = False  # it failed together with others: whose fault that was is seen when each runs alone
         self.after: Rows | None = None  # the state to keep, while the glance runs
         self.sequence: Sequence | None = None  # while it is under way
 
@@ -74,21 +80,58 @@ class Turn(ABC):
         self.turns.ran(self, sequence, outputs)
 
     def _failed(self, error: ServeError) -> None:
-        self.turns.failed(self.session, error)
+        if self.joined:
+            self.turns.apart(self)
+        else:
+            self.turns.failed(self.session, error)
 
     turns: Turns
     session: Session
     model: Model
 
-    def start(self, turns: Turns, session: Session, model: Model) -> None:
-        """Run from the session's state. Raises InvalidInput, Overloaded, Draining."""
+    def start(self, turns: Turns, session: Session, model: Model, behind: Listed[Turn] = ()) -> None:
+        """Run from the session's state, with those behind it that may be joined. Raises InvalidInput, Overloaded, Draining."""
         self.turns, self.session, self.model = turns, session, model
         memory: Memory = session.state
         plan = self.plan = self.brought(model, memory.rest)
         part = plan.inputs or plan.glance
         assert part is not None, "a plan runs something"
+        self.joined = self._join(behind, min(model.engine.rounds.limits.chunk, model.bundle.graph.max_time)) if behind else ()
+        if self.joined:
+            part = join([p for turn in (self, *self.joined) if (p := turn.packed) is not None])
         self.sequence = Sequence(model.bundle.main, *part, self._ran, self._failed, memory.rows)
         model.engine.submit(self.sequence)
+
+    @property
+    def packed(self) -> tuple[Packed, Sizes] | None:
+        """What it brought, where that is all there is to it and may be joined with what others brought."""
+        plan = self.plan
+        if plan is None or plan.inputs is None or plan.glance is not None or plan.more is not None or plan.rest:
+            return None
+        inputs, sizes = plan.inputs
+        return (inputs, sizes) if isinstance(inputs, tuple) else None
+
+    def _join(self, behind: Listed[Turn], most: int) -> tuple[Turn, ...]:
+        """Those that run along, so that all are of `most` steps: more would keep the first waiting for rounds that are not its
+        own."""
+        mine = self.packed
+        if mine is None or self.alone:
+            return ()
+        joined: list[Turn] = []
+        steps = mine[1].steps
+        for turn in behind:
+            if turn.alone or steps >= most:
+                break
+            try:
+                turn.plan = turn.brought(self.model, "")
+            except Exception:  # it is told so when it is its time to run
+                break
+            brought = turn.packed
+            if brought is None or steps + brought[1].steps > most:
+                break
+            steps += brought[1].steps
+            joined.append(turn)
+        return tuple(joined)
 
     def cancel(self) -> None:
         """Stop what runs for it."""
@@ -114,13 +157,13 @@ class Asked(Turn):
 
 
 class _Ran:
-    """A turn that ran and is not yet applied."""
+    """Turns of a session that ran and are not yet applied: their replies, and the state after the last."""
 
-    __slots__ = ("memory", "reply", "session")
+    __slots__ = ("memory", "replies", "session")
 
-    def __init__(self, session: Session, reply: bytes, memory: Memory) -> None:
+    def __init__(self, session: Session, replies: Listed[bytes], memory: Memory) -> None:
         self.session = session
-        self.reply = reply
+        self.replies = replies
         self.memory = memory
 
 
@@ -141,6 +184,8 @@ class Turns:
         self._clock = clock
         self._round = _Round()
         self._shared: deque[list[_Ran]] = deque()  # by round, those whose states may still lie in its bank
+        self._errands = shelf.errands if shelf.keeps else None
+        self._waiting: deque[list[_Ran]] = deque()  # by round, for a store that takes its time
         workers.after_round = self._after_round
 
     def turn(self, id: str, turn: int | None, digest: bytes, work: Turn, acknowledged: int | None) -> None:
@@ -193,12 +238,28 @@ class Turns:
         """Start the first turn in line, from the session's state."""
         work: Turn = session.line[0].work
         try:
-            work.start(self, session, self._shelf.model(session))
+            model = self._shelf.runs(session)
+            behind: list[Turn] = []
+            if len(session.line) > 1 and joinable(model.bundle.graph):
+                with self._changed:
+                    behind = [pending.work for pending in itertools.islice(session.line, 1, None)]
+            work.start(self, session, model, behind)
         except ServeError as e:
             self.failed(session, e)
         except Exception as e:  # a task's bug must end this turn, not leave the session waiting for it
             log.exception("session %s: a turn could not be run", session.id)
             self.failed(session, ModelFailed("TURN_FAILED", f"the turn could not be run: {e}"))
+
+    def apart(self, work: Turn) -> None:
+        """Turns that ran together failed: each runs alone, so that only the culprit is told."""
+        session = work.session
+        for turn in (work, *work.joined):
+            turn.alone = True
+        work.joined = ()
+        with self._changed:
+            there = bool(session.line) and session.line[0].work is work
+        if there:
+            self._run(session)
 
     def ran(self, work: Turn, sequence: Sequence, outputs: Views) -> None:
         """The turn's steps ran: glance ahead if it needs to, else it is ready to be applied when the round is over."""
@@ -229,7 +290,14 @@ class Turns:
             return
         else:
             rows = work.after
-        self._round.ran.append(_Ran(session, plan.answer(outputs), Memory(rows, plan.rest)))
+        replies: Listed[bytes]
+        if work.joined:
+            every = (work, *work.joined)
+            parts = part(work.model.bundle.graph, outputs, [brought[1].steps for turn in every if (brought := turn.packed) is not None])
+            replies = [turn.plan.answer(views) for turn, views in zip(every, parts, strict=True) if turn.plan is not None]
+        else:
+            replies = (plan.answer(outputs),)
+        self._round.ran.append(_Ran(session, replies, Memory(rows, plan.rest)))
 
     def _after_round(self) -> None:
         """All turns that a round of this thread completed: store them in one commit, apply them, answer, and go on with what
@@ -238,11 +306,27 @@ class Turns:
         if not ran:
             return
         self._round.ran = []
+        if self._errands is None:
+            self._apply(ran)
+            return
+        # A flushed commit or a trip to Redis would keep this thread from the next round, and the front's from everyone's calls.
+        self._waiting.append(ran)
+        self._errands.commit(self._apply_waiting)
+
+    def _apply_waiting(self) -> None:
+        """All rounds that wait for the store, in one commit."""
+        ran: list[_Ran] = []
+        while self._waiting:
+            ran += self._waiting.popleft()
+        if ran:
+            self._apply(ran)
+
+    def _apply(self, ran: list[_Ran]) -> None:
         moved = self._store(ran) if self._shelf.keeps else frozenset()
         if moved is None:
             return
         closed: list[str] = []
-        told: list[tuple[Session, list[Pending], bytes]] = []
+        told: list[tuple[Session, list[Pending], Listed[bytes]]] = []
         now = self._clock()
         with self._changed:
             for r in ran:
@@ -252,17 +336,18 @@ class Turns:
                 if not session.line:  # closed meanwhile: it must not come back from the store
                     closed.append(session.id)
                     continue
-                told.append((session, self._sessions.commit(session, (r.reply,), r.memory, now), r.reply))
+                told.append((session, self._sessions.commit(session, r.replies, r.memory, now), r.replies))
             self._shared.append(ran)
             if len(self._shared) > OWNED_AFTER:
                 self._own(self._shared.popleft())
-        for _, done, reply in told:
-            self._tell(done, reply)
+        for _, done, replies in told:
+            for pending, reply in zip(done, replies, strict=True):
+                self._tell((pending,), reply)
         with self._changed:
             following = [session for session, _, _ in told if self._sessions.told(session)]
         self._flush(pending for _, done, _ in told for pending in done)
         for r in ran:
-            r.reply = b""  # the session has it; `ran` is kept for the states' sake
+            r.replies = ()  # the session has it; `ran` is kept for the states' sake
         for session in following:
             self._run(session)
         for id in moved:
@@ -274,7 +359,7 @@ class Turns:
     def _store(self, ran: list[_Ran]) -> frozenset[str] | None:
         """Store what was run; gives the ids that another server has taken up since, or None where nothing could be stored."""
         with self._changed:
-            kept = [self._sessions.applied(r.session, (r.reply,), r.memory) for r in ran if r.session.line]
+            kept = [self._sessions.applied(r.session, r.replies, r.memory) for r in ran if r.session.line]
         try:
             return self._shelf.write(kept)
         except Exception as e:  # whatever the store's trouble, each caller must be told, and no session be left waiting
@@ -306,7 +391,7 @@ class Turns:
         self._tell(dropped[1:], Conflict("GAP", message, session=id, turn=turn))
         self._flush(dropped)
 
-    def _tell(self, turns: list[Pending], reply: bytes | ServeError) -> None:
+    def _tell(self, turns: Iterable[Pending], reply: bytes | ServeError) -> None:
         for pending in turns:
             for work in (pending.work, *pending.again):
                 try:

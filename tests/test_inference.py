@@ -18,6 +18,7 @@ from protos import inference_pb2 as pb
 from protos import model_config_pb2 as config_pb
 from protos import seqserve_pb2
 from tests import models
+from tests.figures.bench_models import model_b
 from tests.process import ROOT, Served, reason, serve
 from tests.test_server import tokens_request
 
@@ -61,6 +62,7 @@ def columns(directory: Path) -> None:
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     models.reader(root / "reader" / "1")
+    model_b(root / "model_b" / "1" / "model.onnx")
     models.both_ways(root / "both_ways" / "1")
     columns(root / "columns" / "1")
     for dtype in KINDS:
@@ -159,15 +161,15 @@ def _type(datatype: str) -> int:
 
 
 def test_how_models_are_batched(served: Served) -> None:
-    """Sequence batching with its states for a model that has some, dynamic batching for one that has none, decoupled for one
-    that answers in pieces, no batch size where rows do not lie first."""
+    """Sequence batching with its states for a model that has some and takes one step a call, dynamic batching for one that has
+    none or takes any number of steps, decoupled for one that answers in pieces, no batch size where rows do not lie first."""
     reader = config(served, "reader")
     assert reader.max_batch_size == 256
-    assert [(s.input_name, s.output_name, list(s.dims)) for s in reader.sequence_batching.state] == [
-        ("h", "h_next", [1, 8]), ("c", "c_next", [1, 8]),
-    ]  # fmt: skip
-    assert reader.sequence_batching.max_sequence_idle_microseconds == 3_600_000_000
+    assert reader.WhichOneof("scheduling_choice") == "dynamic_batching"
     assert not reader.model_transaction_policy.decoupled
+    step = config(served, "model_b").sequence_batching
+    assert [(s.input_name, s.output_name, list(s.dims)) for s in step.state] == [("h0", "hn", [2, 256]), ("c0", "cn", [2, 256])]
+    assert step.max_sequence_idle_microseconds == 3_600_000_000
     assert config(served, "both_ways").WhichOneof("scheduling_choice") == "dynamic_batching"
     translator = config(served, "translator")
     assert translator.WhichOneof("scheduling_choice") == "dynamic_batching"

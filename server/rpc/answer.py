@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -19,7 +19,10 @@ from google.rpc.status_pb2 import Status
 
 from server.errors import InvalidInput, ModelFailed, ServeError
 from server.metrics import Metrics
-from server.rpc.front import Call, Metadata, Method, server_stream, unary
+from server.rpc.front import Call, Metadata, Method, Receiver, server_stream, stream, unary
+
+if TYPE_CHECKING:
+    from server.quotas import Caller
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("seqserve.access")
@@ -38,6 +41,9 @@ class Answer:
     """The one answer to a call, whatever it turns out to be."""
 
     __slots__ = ("_desk", "_ended", "_method", "_since", "call")
+
+    caller: Caller | None = None
+    """Whose key came with the call; None where this server asks for none."""
 
     def __init__(self, desk: Desk, call: Call, method: str) -> None:
         self.call = call
@@ -101,6 +107,9 @@ class Asked(Protocol):
     @property
     def deadline(self) -> float | None: ...
 
+    @property
+    def caller(self) -> Caller | None: ...
+
     def done(self, message: Message) -> None: ...
 
     def done_bytes(self, message: bytes) -> None: ...
@@ -110,20 +119,83 @@ class Asked(Protocol):
     def cancel_by(self, cancel: Cancel) -> None: ...
 
 
-class Desk:
-    """Turns typed handlers into what a front carries."""
+class Gate(Protocol):
+    """Who may call."""
 
-    def __init__(self, metrics: Metrics, access_log: bool) -> None:
+    def admit(self, desk: Desk, call: Call, operator: bool, stream: bool) -> Answer:
+        """The answer to a call that may go on. Raises ServeError."""
+
+
+class _Refused(Receiver):
+    """An open stream that was not let in."""
+
+    def on_message(self, message: bytes) -> None:
+        return
+
+    def on_end(self) -> None:
+        return
+
+
+class Desk:
+    """Turns typed handlers into what a front carries. `operator`: only for operators, where there is a gate."""
+
+    def __init__(self, metrics: Metrics, access_log: bool, gate: Gate | None = None) -> None:
         self.metrics = metrics
         self.access_log = access_log
+        self._gate = gate
 
-    def unary(self, request: type[M], handle: Callable[[M, Answer], None]) -> Method:
-        return unary(self._start(request, handle))
+    @property
+    def anyone(self) -> Desk:
+        """The same for whoever comes, without a key."""
+        return Desk(self.metrics, self.access_log)
 
-    def server_stream(self, request: type[M], handle: Callable[[M, Answer], None]) -> Method:
-        return server_stream(self._start(request, handle))
+    def unary(self, request: type[M], handle: Callable[[M, Answer], None], operator: bool = False) -> Method:
+        return unary(self._start(request, handle, operator, False))
 
-    def _start(self, request: type[M], handle: Callable[[M, Answer], None]) -> Callable[[Call, bytes], None]:
+    def server_stream(self, request: type[M], handle: Callable[[M, Answer], None], operator: bool = False) -> Method:
+        return server_stream(self._start(request, handle, operator, True))
+
+    def stream(self, begin: Callable[[Call, Answer], Receiver]) -> Method:
+        """`begin` gives what takes the messages of a call, and is to end it through its answer."""
+        gate = self._gate
+        if gate is None:
+            return stream(lambda call: begin(call, Answer(self, call, call.method)))
+
+        def start(call: Call) -> Receiver:
+            try:
+                answer = gate.admit(self, call, False, True)
+            except ServeError as e:
+                Answer(self, call, call.method).fail(e)
+                return _Refused()
+            try:
+                return begin(call, answer)
+            except Exception as e:
+                answer.fail(e)
+                return _Refused()
+
+        return stream(start)
+
+    def _start(self, request: type[M], handle: Callable[[M, Answer], None], operator: bool, streams: bool) -> Callable[[Call, bytes], None]:
+        gate = self._gate
+        if gate is not None:
+
+            def start_known(call: Call, data: bytes) -> None:
+                try:
+                    answer = gate.admit(self, call, operator, streams)  # before a byte of the message is looked at
+                except ServeError as e:
+                    Answer(self, call, call.method).fail(e)
+                    return
+                try:
+                    try:
+                        message = request.FromString(data)
+                    except DecodeError:
+                        raise malformed(request) from None
+                    handle(message, answer)
+                except Exception as e:
+                    answer.fail(e)
+
+            return start_known
+
         def start(call: Call, data: bytes) -> None:
             answer = Answer(self, call, call.method)
             try:

@@ -109,6 +109,9 @@ class Options:
     backlog_bytes: int = 16 << 20
     """The same in bytes, for replies that are large."""
 
+    streams: int = 0
+    """Calls of one connection at once, whatever their kind; further ones wait at the caller. 0 is no limit."""
+
     slots: int = 64
     """Calls gRPC may hand over before the polling thread has turned to the first of them (completion queue only)."""
 
@@ -194,6 +197,7 @@ def channel_arguments(options: Options) -> list[tuple[str, int]]:
         # gRPC counts a ping more often than every 300 s as an attack and cuts the connection; usual clients ping every 10 to 60 s.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        *([("grpc.max_concurrent_streams", options.streams)] if options.streams else []),
     ]
 
 

@@ -6,12 +6,13 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from google.protobuf import descriptor_pool
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2 as pb
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from server.errors import NotFound, listed
-from server.rpc.answer import Answer, Desk
-from server.rpc.front import Call, Method, Receiver, stream
+from server.rpc.answer import Answer, Desk, malformed
+from server.rpc.front import Call, Method, Receiver
 
 SERVICE = "grpc.health.v1.Health"
 _REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")  # the same messages
@@ -31,6 +32,7 @@ class Health:
         return self._serving
 
     def methods(self, desk: Desk) -> Mapping[str, Method]:
+        desk = desk.anyone  # probes have no key
         return {
             f"/{SERVICE}/Check": desk.unary(pb.HealthCheckRequest, self.check),
             f"/{SERVICE}/Watch": desk.server_stream(pb.HealthCheckRequest, self.watch),
@@ -75,20 +77,26 @@ class Health:
         return kinds(status=kinds.SERVING if self._serving else kinds.NOT_SERVING)
 
 
-def reflect(services: Sequence[str]) -> Mapping[str, Method]:
+def reflect(services: Sequence[str], desk: Desk) -> Mapping[str, Method]:
     """Server reflection, so that grpcurl and its like can list and call what is here."""
     servicer = reflection.ReflectionServicer([*services, *_REFLECTION], descriptor_pool.Default())
 
     class Reflected(Receiver):
-        def __init__(self, call: Call) -> None:
+        def __init__(self, call: Call, answer: Answer) -> None:
             self._call = call
+            self._answer = answer
+            answer.cancel_by(lambda: None)
 
         def on_message(self, message: bytes) -> None:
-            request = reflection_pb2.ServerReflectionRequest.FromString(message)
+            try:
+                request = reflection_pb2.ServerReflectionRequest.FromString(message)
+            except DecodeError:
+                self._answer.fail(malformed(reflection_pb2.ServerReflectionRequest))
+                return
             for response in servicer.ServerReflectionInfo(iter([request]), None):
                 self._call.reply(response.SerializeToString())
 
         def on_end(self) -> None:
-            self._call.finish()
+            self._answer.done()
 
-    return {f"/{name}/ServerReflectionInfo": stream(Reflected) for name in _REFLECTION}
+    return {f"/{name}/ServerReflectionInfo": desk.stream(Reflected) for name in _REFLECTION}

@@ -16,9 +16,10 @@ from server import VERSION
 from server.catalog import Catalog, Model
 from server.config import Config
 from server.engine import Engine
-from server.errors import InvalidInput, NotFound, ServeError
+from server.errors import Denied, InvalidInput, NotFound, ServeError
 from server.inputs import Array, Sizes, check
-from server.rpc import model_config, parameters, wire
+from server.quotas import Caller
+from server.rpc import gate, model_config, parameters, wire
 from server.rpc.answer import Answer, Asked, Desk
 from server.rpc.face import TEXT, Face
 from server.rpc.front import Method
@@ -60,9 +61,10 @@ class Inference:
         self._extensions = (*EXTENSIONS, "system_shared_memory") if regions.allowed else EXTENSIONS
 
     def methods(self, desk: Desk) -> Mapping[str, Method]:
+        anyone = desk.anyone  # probes have no key
         return {
-            f"/{SERVICE}/ServerLive": desk.unary(pb.ServerLiveRequest, lambda _, answer: answer.done(pb.ServerLiveResponse(live=True))),
-            f"/{SERVICE}/ServerReady": desk.unary(pb.ServerReadyRequest, self.server_ready),
+            f"/{SERVICE}/ServerLive": anyone.unary(pb.ServerLiveRequest, lambda _, answer: answer.done(pb.ServerLiveResponse(live=True))),
+            f"/{SERVICE}/ServerReady": anyone.unary(pb.ServerReadyRequest, self.server_ready),
             f"/{SERVICE}/ModelReady": desk.unary(pb.ModelReadyRequest, self.model_ready),
             f"/{SERVICE}/ServerMetadata": desk.unary(pb.ServerMetadataRequest, self.server_metadata),
             f"/{SERVICE}/ModelMetadata": desk.unary(pb.ModelMetadataRequest, self.model_metadata),
@@ -96,6 +98,9 @@ class Inference:
         """Answer one request; through `pieces`, where they are wanted and the model gives some."""
         model = self._catalog.find(request.model_name, request.model_version)
         face = self._faces.get(model.engine) or self._face(model)
+        caller = answer.caller
+        if caller is not None and not caller.operator and _shares(request):
+            raise Denied("OPERATORS_ONLY", "shared memory is for operators; send the bytes themselves", tenant=caller.tenant.name)
         chosen = face.chosen(request) if request.outputs else None
         if given.sequence:
             self._step(request, given, face, chosen, answer)
@@ -172,7 +177,7 @@ class Inference:
         sequence_id. A start on an id that lives ends what it was and begins anew. The parameter `turn` numbers a request; then it
         may be sent again, and a gap is refused."""
         turn = given.turn
-        id = f"{face.model.name}/{given.sequence}"
+        id = gate.stored(answer.caller, f"{face.model.name}/{given.sequence}")
         step = _Step(self, request, given, face, chosen, answer, id)
         if turn is not None and _shares(request):
             raise InvalidInput("NOT_REPEATABLE", "a numbered request can be sent again, so it brings its bytes along: no shared memory")
@@ -193,16 +198,20 @@ class Inference:
     def _take(self, step: _Step) -> None:
         given, id, turn = step.given, step.id, step.given.turn
         if given.start and not (turn == 1 and self._shelf.lives(id)):  # the first turn sent again is no new start
+            caller = step.answer.caller
             if self._shelf.lives(id):
                 self._turns.close(id)
-            self._shelf.open(step.face.model.name, step.face.model.version, id)
+                gate.left(caller)
+            with gate.room(caller, self._shelf):
+                self._shelf.open(step.face.model.name, step.face.model.version, id)
         self._turns.turn(id, turn, b"" if turn is None else _digest(step.request), step, None)
 
-    def over(self, id: str, ended: bool) -> None:
+    def over(self, id: str, ended: bool, caller: Caller | None) -> None:
         """The request that ends a sequence was run, or refused: where it ran the session behind it ends."""
         try:
             if ended and self._shelf.lives(id):
                 self._turns.close(id)
+                gate.left(caller)
         finally:
             self._ended(id)
 
@@ -285,7 +294,7 @@ class _Step(Turn):
         refused = isinstance(reply, ServeError)
         try:
             if self.given.end:  # before the answer: after it, its caller may begin the id anew
-                self.inference.over(self.id, not refused)
+                self.inference.over(self.id, not refused, self.answer.caller)
         finally:
             if isinstance(reply, ServeError):
                 self.answer.fail(reply)

@@ -15,9 +15,10 @@ from google.protobuf.message import DecodeError, Message
 
 from protos import inference_pb2 as pb
 from server.errors import ServeError
-from server.rpc import parameters
+from server.quotas import Caller
+from server.rpc import gate, parameters
 from server.rpc.answer import Answer, Desk, malformed
-from server.rpc.front import Call, Method, Receiver, stream
+from server.rpc.front import Call, Method, Receiver
 from server.rpc.inference import Inference
 from server.rpc.parameters import FINAL, NONE, SERVICE, Parameters
 from server.rpc.wire import varint
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def methods(inference: Inference, desk: Desk) -> Mapping[str, Method]:
-    return {f"/{SERVICE}/ModelStreamInfer": stream(lambda call: _Stream(inference, call, Answer(desk, call, call.method)))}
+    return {f"/{SERVICE}/ModelStreamInfer": desk.stream(lambda call, answer: _Stream(inference, call, answer))}
 
 
 class _Stream(Receiver):
@@ -36,6 +37,7 @@ class _Stream(Receiver):
         self.call = call
         self._inference = inference
         self._answer = answer
+        self.caller = answer.caller
         self._lock = threading.Lock()
         self._asked: set[_InStream] = set()  # requests not yet answered; workers and the front's thread come and go
         self._ended = False
@@ -47,6 +49,8 @@ class _Stream(Receiver):
         with self._lock:
             self._asked.add(asked)
         try:
+            if self.caller is not None:
+                self.caller.spend()
             try:
                 request = pb.ModelInferRequest.FromString(message)
             except DecodeError:
@@ -108,6 +112,10 @@ class _InStream:
     def deadline(self) -> float | None:
         return self._of.call.deadline
 
+    @property
+    def caller(self) -> Caller | None:
+        return self._of.caller
+
     def cancel_by(self, cancel: Callable[[], None]) -> None:
         self.cancel = cancel
 
@@ -129,6 +137,8 @@ class _InStream:
     def fail(self, error: Exception) -> None:
         if self._of.refuse(error):
             return
+        if isinstance(error, ServeError):
+            error = gate.told(self._of.caller, error)
         if not isinstance(error, ServeError):
             log.exception("a request of a stream failed", exc_info=error)
         message = (

@@ -30,8 +30,9 @@ def metadata(face: Face, versions: Iterable[str]) -> pb.ModelMetadataResponse:
 
 
 def config(face: Face, knobs: Config) -> config_pb.ModelConfig:
-    """What perf_analyzer and its like go by. Sequence batching where the model's states make it worth a session, dynamic batching
-    where requests stand alone; both are the same rounds."""
+    """What perf_analyzer and its like go by. Sequence batching where a call is one step and the model's states go on with the next,
+    dynamic batching where one call brings any number of steps and most stand alone; both are the same rounds, and a caller may
+    name a sequence_id in either."""
     model, graph, streams = face.model, face.model.bundle.graph, face.texts is not None and face.texts.streams
     batched = face.batched
     described = config_pb.ModelConfig(
@@ -49,7 +50,10 @@ def config(face: Face, knobs: Config) -> config_pb.ModelConfig:
         _dims(described.output.add(name=t.name, data_type=_type(t.dtype)), t, batched)
     described.parameters["task"].string_value = model.bundle.kind
     described.parameters["fingerprint"].string_value = model.bundle.fingerprint
-    if graph.states and not streams:
+    for s in graph.states:
+        if s.initial != 0:  # the configuration can say zero or a file, no number
+            described.parameters[f"initial.{s.input}"].string_value = f"{s.initial:g}"
+    if graph.states and not streams and not any(t.time_axis is not None for t in graph.data):
         _sequences(described, face, knobs)
     else:
         policy = config_pb.ModelQueuePolicy(allow_timeout_override=True, max_queue_size=knobs.max_queue)
@@ -67,8 +71,6 @@ def _sequences(described: config_pb.ModelConfig, face: Face, knobs: Config) -> N
         state = batching.state.add(input_name=s.input, output_name=s.output, data_type=_type(s.dtype), dims=dims)
         if s.initial == 0:
             state.initial_state.add(name=s.input, data_type=_type(s.dtype), dims=dims, zero_data=True)
-        else:
-            described.parameters[f"initial.{s.input}"].string_value = f"{s.initial:g}"
 
 
 def _dims(given: config_pb.ModelInput | config_pb.ModelOutput, tensor: Tensor, batched: bool) -> None:

@@ -28,8 +28,8 @@ class Repository:
     def methods(self, desk: Desk) -> Mapping[str, Method]:
         return {
             f"/{SERVICE}/RepositoryIndex": desk.unary(pb.RepositoryIndexRequest, self.index),
-            f"/{SERVICE}/RepositoryModelLoad": desk.unary(pb.RepositoryModelLoadRequest, self.load),
-            f"/{SERVICE}/RepositoryModelUnload": desk.unary(pb.RepositoryModelUnloadRequest, self.unload),
+            f"/{SERVICE}/RepositoryModelLoad": desk.unary(pb.RepositoryModelLoadRequest, self.load, operator=True),
+            f"/{SERVICE}/RepositoryModelUnload": desk.unary(pb.RepositoryModelUnloadRequest, self.unload, operator=True),
         }
 
     def index(self, request: pb.RepositoryIndexRequest, answer: Answer) -> None:

@@ -16,9 +16,10 @@ from protos import sessions_pb2 as pb
 from server.catalog import Model
 from server.errors import Conflict, InvalidInput, ModelFailed, ServeError
 from server.inputs import Sizes, check
-from server.rpc import wire
+from server.quotas import Caller
+from server.rpc import gate, wire
 from server.rpc.answer import Answer, Desk, malformed
-from server.rpc.front import Call, Method, Receiver, stream
+from server.rpc.front import Call, Method, Receiver
 from server.rpc.generation import read_wishes, write_generated
 from server.rpc.tasks import read_series, write_classification, write_series
 from server.sequence import Inputs, Outputs, Views
@@ -43,31 +44,57 @@ class Sessions:
         return {
             f"/{SERVICE}/Open": desk.unary(pb.OpenRequest, self.open),
             f"/{SERVICE}/Turn": desk.unary(pb.TurnRequest, self.turn),
-            f"/{SERVICE}/Turns": stream(lambda call: _Stream(self._turns, call, Answer(desk, call, f"/{SERVICE}/Turns"))),
-            f"/{SERVICE}/Get": desk.unary(pb.SessionName, lambda r, answer: answer.done(_info(self._shelf.get(r.session)))),
+            f"/{SERVICE}/Turns": desk.stream(lambda call, answer: _Stream(self._turns, call, answer)),
+            f"/{SERVICE}/Get": desk.unary(pb.SessionName, self.get),
             f"/{SERVICE}/List": desk.unary(pb.ListRequest, self.list),
-            f"/{SERVICE}/Fork": desk.unary(pb.ForkRequest, lambda r, answer: answer.done(_info(self._shelf.fork(r.session, r.fork)))),
+            f"/{SERVICE}/Fork": desk.unary(pb.ForkRequest, self.fork),
             f"/{SERVICE}/Export": desk.unary(pb.ExportRequest, self.export),
             f"/{SERVICE}/Import": desk.unary(pb.ImportRequest, self.bring),
-            f"/{SERVICE}/Close": desk.unary(pb.SessionName, lambda r, answer: answer.done(_info(self._turns.close(r.session)))),
+            f"/{SERVICE}/Close": desk.unary(pb.SessionName, self.close),
         }
 
     def open(self, request: pb.OpenRequest, answer: Answer) -> None:
-        answer.done(_info(self._shelf.open(request.model.name, request.model.version, request.session, request.ttl)))
+        caller = answer.caller
+        with gate.room(caller, self._shelf):
+            id = gate.named(caller, request.session)
+            kept = self._shelf.open(request.model.name, request.model.version, id, request.ttl)
+        answer.done(_info(kept, caller))
 
     def turn(self, request: pb.TurnRequest, answer: Answer) -> None:
-        _take(self._turns, request, _InCall(request, answer))
+        _take(self._turns, request, _InCall(request, answer), answer.caller)
+
+    def get(self, request: pb.SessionName, answer: Answer) -> None:
+        caller = answer.caller
+        answer.done(_info(self._shelf.get(gate.stored(caller, request.session)), caller))
+
+    def fork(self, request: pb.ForkRequest, answer: Answer) -> None:
+        caller = answer.caller
+        with gate.room(caller, self._shelf):
+            kept = self._shelf.fork(gate.stored(caller, request.session), gate.named(caller, request.fork))
+        answer.done(_info(kept, caller))
+
+    def close(self, request: pb.SessionName, answer: Answer) -> None:
+        caller = answer.caller
+        kept = self._turns.close(gate.stored(caller, request.session))
+        gate.left(caller)
+        answer.done(_info(kept, caller))
 
     def export(self, request: pb.ExportRequest, answer: Answer) -> None:
-        record, pages = self._shelf.export(request.session, request.move)
+        record, pages = self._shelf.export(gate.stored(answer.caller, request.session), request.move)
+        if request.move:
+            gate.left(answer.caller)
         answer.done(pb.Exported(record=record, pages=pages, session=request.session))
 
     def bring(self, request: pb.ImportRequest, answer: Answer) -> None:
-        answer.done(_info(self._shelf.bring(request.exported.record, request.exported.pages, request.session)))
+        caller, exported = answer.caller, request.exported
+        id = gate.brought(caller, exported.record, exported.pages.get, request.session)
+        with gate.room(caller, self._shelf):
+            kept = self._shelf.bring(exported.record, exported.pages, id)
+        answer.done(_info(kept, caller))
 
     def list(self, request: pb.ListRequest, answer: Answer) -> None:
-        page, total = self._shelf.page(request.after, min(request.limit or PAGE, PAGE))
-        answer.done(pb.ListReply(sessions=map(_info, page), total=total))
+        page, total = gate.page(answer.caller, self._shelf, request.after, min(request.limit or PAGE, PAGE))
+        answer.done(pb.ListReply(sessions=[_info(kept, answer.caller) for kept in page], total=total))
 
 
 class _Stream(Receiver):
@@ -77,6 +104,7 @@ class _Stream(Receiver):
         self._turns = turns
         self._call = call
         self._answer = answer
+        self.caller = answer.caller
         self._due = 0  # turns taken and not yet answered; the front's thread counts up, workers count down
         self._lock = threading.Lock()
         self._ended = False
@@ -130,12 +158,14 @@ class _Stream(Receiver):
     def _take(self, turn: pb.TurnRequest) -> None:
         work = _InStream(turn, self)
         try:
+            if self.caller is not None:
+                self.caller.spend()
             if self._refused:
                 if turn.turn > self._refused.get(turn.session, turn.turn):
                     # Sent ahead of the refusal: on top of whatever is in the refused turn's place it would be another turn.
                     raise _behind(turn, self._refused[turn.session])
                 self._refused.pop(turn.session, None)
-            _take(self._turns, turn, work)
+            _take(self._turns, turn, work, self.caller)
         except ServeError as e:
             self._refused.setdefault(turn.session, turn.turn)
             work.told(e)
@@ -190,6 +220,8 @@ class _InStream(_Asked):
     def told(self, reply: bytes | ServeError) -> None:
         if isinstance(reply, ServeError):
             request = self.request
+            if self.stream.caller is not None:
+                reply = gate.told(self.stream.caller, reply)
             reply = pb.TurnReply(session=request.session, turn=request.turn, refusal=_refusal(reply)).SerializeToString()
         self.stream.tell(reply)
 
@@ -213,7 +245,7 @@ class _InCall(_Asked):
             self.answer.done_bytes(reply)
 
 
-def _take(turns: Turns, request: pb.TurnRequest, work: _Asked) -> None:
+def _take(turns: Turns, request: pb.TurnRequest, work: _Asked, caller: Caller | None) -> None:
     """Hand a turn over."""
     kind = work.kind
     if kind is None:
@@ -223,7 +255,8 @@ def _take(turns: Turns, request: pb.TurnRequest, work: _Asked) -> None:
     part = getattr(request, kind)
     data = part.encode() if isinstance(part, str) else part.SerializeToString(deterministic=True)
     digest = blake2b(data, digest_size=16, person=_PERSONS[kind]).digest()
-    turns.turn(request.session, request.turn, digest, work, request.acknowledged)
+    id = request.session if caller is None else caller.tenant.prefix + request.session
+    turns.turn(id, request.turn, digest, work, request.acknowledged)
 
 
 _PERSONS = {kind: kind.encode() for kind in ("tensors", "observations", "text", "generate")}
@@ -327,11 +360,15 @@ def _refusal(error: ServeError) -> pb.Refusal:
     return pb.Refusal(code=code, message=error.message, reason=error.reason, facts=error.facts, retry_after=error.retry_after or 0.0)
 
 
-def _info(kept: Kept) -> pb.SessionInfo:
+def _info(kept: Kept, caller: Caller | None) -> pb.SessionInfo:
     return pb.SessionInfo(
-        session=kept.id, model=tasks_pb.Model(name=kept.model, version=kept.version), turn=kept.turn, acknowledged=kept.acknowledged,
-        ttl=kept.ttl, fingerprint=kept.fingerprint,
-    )  # fmt: skip
+        session=gate.plain(caller, kept.id),
+        model=tasks_pb.Model(name=kept.model, version=kept.version),
+        turn=kept.turn,
+        acknowledged=kept.acknowledged,
+        ttl=kept.ttl,
+        fingerprint=kept.fingerprint,
+    )
 
 
 __all__ = ["SERVICE", "Sessions"]

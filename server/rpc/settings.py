@@ -26,7 +26,7 @@ class Settings:
     def methods(self, desk: Desk) -> Mapping[str, Method]:
         return {
             f"/{SERVICE}/TraceSetting": desk.unary(pb.TraceSettingRequest, self.trace),
-            f"/{SERVICE}/LogSettings": desk.unary(pb.LogSettingsRequest, self.log),
+            f"/{SERVICE}/LogSettings": desk.unary(pb.LogSettingsRequest, self.log, operator=True),
         }
 
     def trace(self, request: pb.TraceSettingRequest, answer: Answer) -> None:

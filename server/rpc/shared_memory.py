@@ -156,9 +156,9 @@ class SharedMemory:
 
     def methods(self, desk: Desk) -> Mapping[str, Method]:
         return {
-            f"/{SERVICE}/SystemSharedMemoryStatus": desk.unary(pb.SystemSharedMemoryStatusRequest, self.status),
-            f"/{SERVICE}/SystemSharedMemoryRegister": desk.unary(pb.SystemSharedMemoryRegisterRequest, self.register),
-            f"/{SERVICE}/SystemSharedMemoryUnregister": desk.unary(pb.SystemSharedMemoryUnregisterRequest, self.unregister),
+            f"/{SERVICE}/SystemSharedMemoryStatus": desk.unary(pb.SystemSharedMemoryStatusRequest, self.status, operator=True),
+            f"/{SERVICE}/SystemSharedMemoryRegister": desk.unary(pb.SystemSharedMemoryRegisterRequest, self.register, operator=True),
+            f"/{SERVICE}/SystemSharedMemoryUnregister": desk.unary(pb.SystemSharedMemoryUnregisterRequest, self.unregister, operator=True),
             f"/{SERVICE}/CudaSharedMemoryStatus": desk.unary(
                 pb.CudaSharedMemoryStatusRequest, lambda _, answer: answer.done(pb.CudaSharedMemoryStatusResponse())
             ),

@@ -44,7 +44,7 @@ from training.data import ett, imdb, mnist, multi30k, shakespeare, wnut17
 A = TypeVar("A")
 B = TypeVar("B")
 IN_FLIGHT = 256
-LOW_F1 = 15.0
+LOW_F1 = 20.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,69 @@
+# One file, four images (docs/deploy.md has their sizes):
+#   server  what `docker build .` gives: CPU, the shipped models, no torch
+#   gpu     --target gpu: the same on onnxruntime-gpu with CUDA and cuDNN from their wheels
+#   load    --target load: locust and loadtests/
+#   build   what they are made in; not shipped
+# BASE is any image with Python 3.11 or newer as python3 and its venv module.
+ARG BASE=python:3.11.11-slim-bookworm
+
+FROM ${BASE} AS build
+WORKDIR /src
+RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/seqserve
+ENV PIP="/opt/pip/bin/pip --python /opt/seqserve/bin/python --disable-pip-version-check --no-cache-dir --quiet"
+# What the project needs changes less often than the project: installed from pyproject.toml alone, so that it is a layer of its own.
+COPY pyproject.toml constraints.txt ./
+RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
+    [open(f'/tmp/{n}.txt', 'w').write('\n'.join(d)) for n, d in {**e, 'base': p['dependencies']}.items()]"
+RUN $PIP install --constraint constraints.txt --requirement /tmp/base.txt --requirement /tmp/redis.txt
+
+FROM build AS code
+COPY README.md LICENSE ./
+COPY contract contract
+COPY protos protos
+COPY server server
+COPY seqserve seqserve
+COPY training training
+COPY export export
+RUN /opt/pip/bin/pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir /wheels .
+
+FROM build AS cpu-built
+RUN $PIP install --constraint constraints.txt --requirement /tmp/cpu.txt
+COPY --from=code /wheels /wheels
+RUN $PIP install --no-deps /wheels/*.whl
+
+FROM build AS gpu-built
+RUN $PIP install --constraint constraints.txt --requirement /tmp/gpu.txt
+COPY --from=code /wheels /wheels
+RUN $PIP install --no-deps /wheels/*.whl
+
+FROM build AS load-built
+RUN $PIP install --constraint constraints.txt --requirement /tmp/loadtest.txt
+COPY --from=code /wheels /wheels
+RUN $PIP install --no-deps /wheels/*.whl
+
+FROM ${BASE} AS run
+# Nothing is written but what is mounted: /var/lib/seqserve for sessions, /tmp where Python insists.
+ENV PATH=/opt/seqserve/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+RUN install -d -o 10001 -g 10001 /var/lib/seqserve
+USER 10001:10001
+
+FROM run AS load
+COPY --from=load-built /opt/seqserve /opt/seqserve
+COPY loadtests /srv/loadtests
+WORKDIR /srv
+EXPOSE 8089
+ENTRYPOINT ["locust", "-f", "loadtests/locustfile.py"]
+
+FROM run AS serving
+ENV SEQSERVE_HOST=0.0.0.0 SEQSERVE_MODELS=/models SEQSERVE_STORE=lmdb:/var/lib/seqserve/sessions
+COPY models /models
+EXPOSE 8001 8002
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["seqserve", "health", "--timeout", "3"]
+ENTRYPOINT ["seqserve", "serve"]
+
+FROM serving AS gpu
+COPY --from=gpu-built /opt/seqserve /opt/seqserve
+
+FROM serving AS server
+COPY --from=cpu-built /opt/seqserve /opt/seqserve

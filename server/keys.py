@@ -1,0 +1,250 @@
+"""Keys of callers, from a file: their hashes, whose they are, what they may do. Read again when the file changes.
+
+    [tenants.acme]              what it may have; left out, no limit of its own
+    sessions = 1000             open sessions
+    calls = 64                  calls at once
+    streams = 16                streams at once
+    rate = 200                  requests a second
+    burst = 400                 requests at once after a pause
+
+    [[keys]]
+    name = "acme's web page"    for logs
+    tenant = "acme"
+    role = "user"               or "operator", who may also change models, log levels and shared memory
+    sha256 = "…"                of the key; the key itself is nowhere
+
+This file knows the file and hashes; it must not know gRPC. No key, right or wrong, is ever logged or told.
+`python -m server.keys TENANT [--operator] [--name NAME]` makes a key: the key on standard output, its entry on standard error.
+
+A key is random and long (256 bits), so a plain SHA-256 can't be turned back; it is no place for a password.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+import stat
+import sys
+import threading
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from server.errors import Unauthenticated
+from server.quotas import Caller, Quota, Tenant
+
+log = logging.getLogger(__name__)
+
+HEADERS = ("authorization", "x-api-key")  # the first as "Bearer KEY"
+TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+ROLES = ("user", "operator")
+LARGEST = 4 << 20  # bytes of the file: some 20,000 keys
+_BEARER = "bearer "
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class Keys:
+    """All keys that are valid now. Raises OSError or ValueError where the file can't be read; any thread may use it."""
+
+    def __init__(self, file: Path, interval: float) -> None:
+        """`interval`: seconds between looks at the file, 0 for never; SIGHUP calls `reload` besides."""
+        self._file = file
+        self._interval = interval
+        self._lock = threading.Lock()  # one reading at a time
+        self._tenants: dict[str, Tenant] = {}
+        self._callers: dict[bytes, Caller] = {}  # by the key's hash; replaced whole, never changed
+        self._known: dict[str | bytes, Caller] = {}  # header → caller, of those seen; replaced with it
+        self._stamp = self._stamped()
+        self._take(*_read(file))
+        self._stopping = threading.Event()
+        self._watch = threading.Thread(target=self._look, name="keys", daemon=True)
+
+    def start(self) -> None:
+        if self._interval:
+            self._watch.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._watch.is_alive():
+            self._watch.join()
+
+    def tenant(self, name: str) -> Tenant | None:
+        return self._tenants.get(name)
+
+    def who(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+        """Whoever sent this metadata. Raises Unauthenticated."""
+        for name, value in metadata:
+            if name == "authorization" or name == "x-api-key":
+                # A key seen before costs this look-up. It tells nothing by its time: values are compared only where their 64-bit
+                # hashes under this process's secret are equal.
+                caller = self._known.get(value)
+                return caller if caller is not None else self._meet(name, value)
+        raise Unauthenticated("NO_KEY", "this server wants a key: send metadata 'authorization: Bearer KEY' or 'x-api-key: KEY'")
+
+    def _meet(self, header: str, value: str | bytes) -> Caller:
+        """A value not seen before: its hash is compared with every key's, in the same time wherever they differ."""
+        callers, known = self._callers, self._known
+        text = value if isinstance(value, str) else value.decode("latin-1")
+        bearer = text[: len(_BEARER)].lower() == _BEARER
+        if bearer or header != "authorization":
+            digest = hashlib.sha256((text[len(_BEARER) :] if bearer else text).strip().encode()).digest()
+            found = None
+            for have, caller in callers.items():
+                if hmac.compare_digest(have, digest):
+                    found = caller
+            if found is not None:
+                if len(known) < 8 * len(callers):  # a key has few spellings
+                    known[value] = found
+                return found
+        raise Unauthenticated("BAD_KEY", "the key is none of this server's, or was revoked; ask whoever runs it for one")
+
+    def reload(self) -> bool:
+        """Read the file anew; where it has faults, what was valid stays so and the log says why. Whether it was read."""
+        with self._lock:
+            self._stamp = self._stamped()
+            try:
+                self._take(*_read(self._file))
+            except (OSError, ValueError) as e:
+                log.error("the keys of before stay valid: %s", e)
+                return False
+        return True
+
+    def _take(self, quotas: Mapping[str, Quota], entries: Sequence[tuple[bytes, str, str, bool]]) -> None:
+        for name, quota in quotas.items():
+            if name in self._tenants:
+                self._tenants[name].change(quota)
+            else:
+                self._tenants[name] = Tenant(name, quota)
+        before = self._callers
+        callers: dict[bytes, Caller] = {}
+        for digest, name, tenant, operator in entries:
+            old = before.get(digest)
+            same = old is not None and old.tenant.name == tenant and old.operator == operator
+            callers[digest] = old if old is not None and same else Caller(name, self._tenants[tenant], operator)
+        # In this order: who looks in between meets a key of before once more, and is not remembered for it.
+        self._callers, self._known = callers, {}
+        for digest, caller in before.items():
+            caller.revoked = callers.get(digest) is not caller
+        log.info("%d keys of %d tenants", len(callers), len({c.tenant.name for c in callers.values()}))
+
+    def _stamped(self) -> tuple[int, int, int] | None:
+        try:
+            found = self._file.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _look(self) -> None:
+        while not self._stopping.wait(self._interval):
+            if self._stamped() != self._stamp:
+                self.reload()
+
+
+def _read(file: Path) -> tuple[dict[str, Quota], list[tuple[bytes, str, str, bool]]]:
+    """Quotas by tenant, and of each key its hash, name, tenant and whether it is an operator's. Raises OSError, or ValueError with
+    every fault; neither repeats what is in the file."""
+    with file.open("rb") as f:
+        if os.fstat(f.fileno()).st_mode & stat.S_IWOTH:
+            raise ValueError(f"{file}: everybody may write this file; chmod o-w it")
+        data = f.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"{file}: more than {LARGEST} bytes")
+    try:
+        found = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        # Python's own words might quote the line, and somebody may have pasted a key there.
+        place = re.search(r"at line \d+, column \d+", str(e))
+        raise ValueError(f"{file} is no TOML{', ' + place[0] if place else ''}") from None
+    faults: list[str] = []
+    tenants, keys = found.pop("tenants", {}), found.pop("keys", [])
+    if found:
+        faults.append("there are only [tenants.NAME] and [[keys]]")
+    quotas = {}
+    for name, given in tenants.items() if isinstance(tenants, dict) else ():
+        if not TENANT.fullmatch(name):
+            faults.append(f"tenant {name[:40]!r}: names have up to 32 of a-z 0-9 . _ -")
+        quotas[name] = _quota(name, given, faults)
+    entries: dict[bytes, tuple[bytes, str, str, bool]] = {}
+    for i, key in enumerate(keys if isinstance(keys, list) else (), 1):
+        entry = _key(i, key, quotas, faults)
+        if entry is not None and entry[0] in entries:
+            faults.append(f"key {i} is there twice")
+        elif entry is not None:
+            entries[entry[0]] = entry
+    if not entries and not faults:
+        faults.append("there is no [[keys]] entry; make one with python -m server.keys TENANT")
+    if faults:
+        raise ValueError(f"{file}: {'; '.join(faults)}")
+    return quotas, list(entries.values())
+
+
+def _quota(name: str, given: Any, faults: list[str]) -> Quota:
+    kinds = {f.name: float if f.name in ("rate", "burst") else int for f in fields(Quota)}
+    values: dict[str, Any] = {}
+    for field, value in given.items() if isinstance(given, dict) else ():
+        kind = kinds.get(field)
+        if kind is None:
+            faults.append(f"tenant {name[:40]!r}: there are only {', '.join(kinds)}")
+        elif isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 <= value <= 1e9:
+            faults.append(f"tenant {name[:40]!r}: {field} is a number, 0 (no limit) or more")
+        else:
+            values[field] = value
+    return Quota(**values)
+
+
+def _key(i: int, key: Any, quotas: dict[str, Quota], faults: list[str]) -> tuple[bytes, str, str, bool] | None:
+    known = isinstance(key, dict) and set(key) <= {"name", "tenant", "role", "sha256"}
+    if not known or not all(isinstance(value, str) for value in key.values()):
+        faults.append(f"key {i}: it has name, tenant, role and sha256, all texts, and nothing else")
+        return None
+    tenant, role, digest = key.get("tenant", ""), key.get("role", "user"), key.get("sha256", "")
+    if not TENANT.fullmatch(tenant):
+        faults.append(f"key {i}: tenant is a name of up to 32 of a-z 0-9 . _ -")
+    if role not in ROLES:
+        faults.append(f"key {i}: role is user or operator")
+    if not _SHA256.fullmatch(digest):
+        faults.append(f"key {i}: sha256 is the key's hash in 64 of 0-9 a-f, not the key")
+        return None
+    quotas.setdefault(tenant, Quota())
+    return bytes.fromhex(digest), key.get("name", ""), tenant, role == "operator"
+
+
+def make(tenant: str, name: str = "", role: str = "user") -> tuple[str, str]:
+    """A new key, and its entry for the file."""
+    key = secrets.token_urlsafe(32)
+    named = f"name = {_quoted(name)}\n" if name else ""
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return key, f'[[keys]]\n{named}tenant = "{tenant}"\nrole = "{role}"\nsha256 = "{digest}"\n'
+
+
+def _quoted(text: str) -> str:
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
+
+
+def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m server.keys",
+        description="Make a key for a tenant: the key on standard output, its entry for --keys on standard error.",
+        epilog="example: python -m server.keys acme > acme.key 2>> keys.toml",
+    )
+    parser.add_argument("tenant", help="whose sessions and quota; up to 32 of a-z 0-9 . _ -")
+    parser.add_argument("--name", default="", help="for the log")
+    parser.add_argument("--operator", action="store_true", help="may also change models, log levels and shared memory")
+    given = parser.parse_args(argv)
+    if not TENANT.fullmatch(given.tenant):
+        parser.error(f"{given.tenant!r} is no name of up to 32 of a-z 0-9 . _ -")
+    key, entry = make(given.tenant, given.name, ROLES[given.operator])
+    print(entry, file=sys.stderr)
+    say(key)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

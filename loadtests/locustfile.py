@@ -1,6 +1,6 @@
 """Locust's entry: users in a closed loop, arrivals in an open one, load over time, thresholds, a summary.
 
-    locust -f loadtests/locustfile.py Mix --host localhost:8001 --users 16 --run-time 2m --headless --html load.html
+    locust -f loadtests/locustfile.py Mix --host 127.0.0.1:8001 --users 16 --run-time 2m --headless --html load.html
     locust -f loadtests/locustfile.py Arrivals --rate 5 --shape spikes --users 40 …
 """
 
@@ -74,13 +74,14 @@ class Caller(User):
     """Someone who calls: a connection, dice, and requests that are timed."""
 
     abstract = True
-    host = "localhost:8001"
+    host = "127.0.0.1:8001"
     inputs: ClassVar[inputs.Inputs]
 
     def on_start(self) -> None:
         self.dice = random.Random(f"{os.getpid()}-{id(self)}")
         self.options: Namespace = self.environment.parsed_options or Namespace()
         self.client = seqserve.Client(self.host or "", timeout=self.options.patience, retries=self.options.retries)
+        self.client.live()  # connects: that is no request of anybody's
 
     def on_stop(self) -> None:
         self.client.close()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from seqserve import commands, demo, errors, inputs
+from seqserve import access, commands, demo, errors, inputs
 from seqserve.client import TIMEOUT, Client
 
 GROUP = "seqserve.commands"
@@ -49,11 +49,15 @@ def main(argv: list[str] | None = None) -> int:
     server = getattr(options, "server", None) or os.environ.get("SEQSERVE_SERVER") or SERVER
     timeout = getattr(options, "timeout", TIMEOUT)
     try:
+        try:
+            shown = access.chosen(options)
+        except (OSError, ValueError) as e:
+            raise inputs.Usage(str(e)) from None
         if options.command == "demo":
-            return demo.run(getattr(options, "server", None), Path(options.models) if options.models else None)
+            return demo.run(getattr(options, "server", None), Path(options.models) if options.models else None, shown)
         if "run" not in options:
             raise inputs.Usage(f"it takes its own options only: seqserve {options.command} --help")
-        with Client(server, timeout=timeout) as client:
+        with Client(server, timeout=timeout, **shown) as client:
             options.run(client, options)
             sys.stdout.flush()
     except inputs.Usage as e:
@@ -113,6 +117,7 @@ def _parser(rooms: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentParser
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     where = common.add_argument_group("server")
     where.add_argument("--server", metavar="HOST:PORT", help=f"default: $SEQSERVE_SERVER, else {SERVER}")
+    access.add_options(where)
     where.add_argument("--timeout", metavar="SECONDS", type=_seconds, help=f"for each call, default {TIMEOUT:g}")
 
     parser = argparse.ArgumentParser(

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,15 +47,15 @@ class Failed(Exception):
     """A step of the demo went wrong; the message says how."""
 
 
-def run(server: str | None = None, models: Path | None = None) -> int:
+def run(server: str | None = None, models: Path | None = None, shown: Mapping[str, Any] | None = None) -> int:
     """Show everything once and return the exit code: 0 where every step went well, else 1.
 
-    `server` is one that runs already; without it one is started on a free port with the bundles in `models`.
+    `server` is one that runs already, and is shown what `shown` says (access.chosen); without it one is started on a free port with the bundles in `models`.
     """
     began = time.monotonic()
     try:
         if server is not None:
-            with Client(server) as client:
+            with Client(server, **(shown or {})) as client:
                 show_all(client)
         else:
             with started(server_command(models or _models())) as port, Client(f"127.0.0.1:{port}") as client:

@@ -36,7 +36,7 @@ class Config:
     resident_sessions: int = _knob(20_000, "sessions in memory; those unused longest leave it for the store, unnoticed")
     session_ttl: float = _knob(3600.0, "seconds a session lives after its last turn, where its caller names none")
     move_sessions: str = _knob(
-        "never", "when a new version is loaded: never, sessions finish on theirs; compatible, they go on with it where its states are the same"
+        "never", "when a new version is loaded: never, sessions finish on theirs; compatible, they go on with it if its states agree"
     )
     max_message_bytes: int = _knob(16 << 20, "size of one message; larger ones are refused")
     allow_shared_memory: bool = _knob(False, "let callers on this machine register POSIX shared memory and name it in place of bytes")

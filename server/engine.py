@@ -30,8 +30,10 @@ log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 Clock = Callable[[], float]
 
+LATELY = 0.98  # what a round counts for after each one that follows
 ENOUGH = 64  # rows: what one round takes by default
-BRIEF = 0.004  # seconds: rounds expected to take no longer are run by the thread that brings them
+BRIEF = 0.01  # seconds: the longest round that the thread which brings work runs itself: so long it hears of nothing new
+WORTH = 0.001  # seconds of running, over all workers, that a sequence must need in all to be worth handing over
 
 
 class Watch(Protocol):
@@ -54,6 +56,8 @@ class Engine:
         self.graphs = graphs
         self.rounds: Rounds[Sequence] = Rounds(limits, workers.order)
         self.costs = Costs()
+        self._ran = [0.0, 0.0]  # seconds, sequences, the past counting less and less
+        self.each = 0.0  # seconds of running that a sequence needed in all, of late
         self.retired = False
         self._workers = workers
         self.watch = watch
@@ -90,6 +94,8 @@ class Engine:
         peeked = self.rounds.peek()
         if peeked is None:
             return False
+        if self.each > self._workers.worth:
+            return False
         first, rows, steps = peeked
         expected = self.costs.seconds(first.graph, rows, steps)
         return expected is not None and expected <= seconds
@@ -120,6 +126,12 @@ class Engine:
             return failed
         return _NOBODY
 
+    def ran(self, seconds: float, answered: int) -> None:
+        """A round took so long and was the last of so many sequences."""
+        self._ran[0] = LATELY * self._ran[0] + seconds
+        self._ran[1] = LATELY * self._ran[1] + answered
+        self.each = self._ran[0] / max(1.0, self._ran[1])
+
     def answer(self, s: Sequence) -> None:
         """All pending steps ran: the sequence says what comes next."""
         s.going = False
@@ -142,6 +154,7 @@ class Workers:
         self.after_round: Callable[[], None] = lambda: None  # called by whoever ran a round when all of it was answered
         self._clock = clock
         self._brief = brief
+        self.worth = WORTH / max(1, threads)
         self._engines: list[Engine] = []
         self._wake = threading.Condition(threading.Lock())
         self._attendant = 0  # the thread that attends
@@ -354,6 +367,7 @@ class Workers:
                     continue
                 (again if s.going else answered).append(s)
         self._leave(engine, answered, "answered")
+        engine.ran(seconds, len(answered))
         try:
             self.after_round()
         except Exception:  # what is done for some sequences of a round must not keep the others from going on

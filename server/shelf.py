@@ -137,6 +137,10 @@ class Shelf:
             raise
         self.put_away()
 
+    def waits(self, id: str) -> bool:
+        """Whether what names that session may wait for the store: it is not in memory, or errands of it are under way."""
+        return (self.errands is not None and self.errands.waits(id)) or self.sessions.live(id) is None
+
     def lives(self, id: str) -> bool:
         self._find(id)
         with self.changed:

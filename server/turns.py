@@ -178,7 +178,7 @@ class Turns:
     """Runs the turns of all live sessions."""
 
     def __init__(self, shelf: Shelf, workers: Workers, clock: Clock = time.monotonic) -> None:
-        self._shelf = shelf
+        self.shelf = shelf
         self._sessions = shelf.sessions
         self._changed = shelf.changed
         self._clock = clock
@@ -200,7 +200,7 @@ class Turns:
             if session is not None:
                 begun = self._begin(session, turn, digest, work, acknowledged)
         if session is None:
-            with self._shelf.held(id) as session:
+            with self.shelf.held(id) as session:
                 begun = self._begin(session, turn, digest, work, acknowledged)
         if begun.reply is not None:
             work.told(begun.reply)
@@ -217,10 +217,10 @@ class Turns:
 
     def close(self, id: str) -> Kept:
         """End a session; turns under way are told that it is closed."""
-        with self._shelf.held(id):
+        with self.shelf.held(id):
             pass  # it is in memory now
         kept = self._end(id, "closed")
-        self._shelf.write((), [id])
+        self.shelf.write((), [id])
         return kept
 
     def _end(self, id: str, why: str) -> Kept:
@@ -238,7 +238,7 @@ class Turns:
         """Start the first turn in line, from the session's state."""
         work: Turn = session.line[0].work
         try:
-            model = self._shelf.runs(session)
+            model = self.shelf.runs(session)
             behind: list[Turn] = []
             if len(session.line) > 1 and joinable(model.bundle.graph):
                 with self._changed:
@@ -322,7 +322,7 @@ class Turns:
             self._apply(ran)
 
     def _apply(self, ran: list[_Ran]) -> None:
-        moved = self._store(ran) if self._shelf.keeps else frozenset()
+        moved = self._store(ran) if self.shelf.keeps else frozenset()
         if moved is None:
             return
         closed: list[str] = []
@@ -352,16 +352,16 @@ class Turns:
             self._run(session)
         for id in moved:
             self._end(id, "moved")
-        if closed and self._shelf.keeps:
-            self._shelf.write((), closed)
-        self._shelf.put_away()
+        if closed and self.shelf.keeps:
+            self.shelf.write((), closed)
+        self.shelf.put_away()
 
     def _store(self, ran: list[_Ran]) -> frozenset[str] | None:
         """Store what was run; gives the ids that another server has taken up since, or None where nothing could be stored."""
         with self._changed:
             kept = [self._sessions.applied(r.session, r.replies, r.memory) for r in ran if r.session.line]
         try:
-            return self._shelf.write(kept)
+            return self.shelf.write(kept)
         except Exception as e:  # whatever the store's trouble, each caller must be told, and no session be left waiting
             if not isinstance(e, ServeError):
                 log.exception("turns could not be stored")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import grpc
 import numpy as np
 import pytest
 
+from contract import bundle as contract
 from protos import inference_pb2 as pb
 from protos import sessions_pb2
+from server.graph import OnnxGraph
 from tests import models
 from tests.process import Served, reason, serve
 from tests.test_server import tokens_request
@@ -165,3 +168,68 @@ def test_changes_amid_calls(served: Served, library: Path) -> None:
             load(served, "reader")
         assert set(answers) <= {"right", "UNKNOWN_MODEL", "UNLOADED"}
     assert ask(0) == "right"
+
+
+@pytest.fixture(params=["memory", "lmdb"])
+def moving(request: pytest.FixtureRequest, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    place = "memory" if request.param == "memory" else f"lmdb:{tmp_path_factory.mktemp('store')}"
+    with serve(library, "--move-sessions", "compatible", "--store", place, "--resident-sessions", "2") as server:
+        yield server
+
+
+def test_sessions_move_where_states_agree(moving: Served, library: Path) -> None:
+    """Told to, live sessions go on with a compatible new version from their next turn: their turn number stays, what was answered is
+    answered as before, and the rest is what the new version makes of the state. Those away from memory move as well."""
+    calls = Calls(moving)
+    ids = [calls.new() for _ in range(4)]
+    first = [calls.turn(turn(id, 1, [1, 2])) for id in ids]
+    bundle = models.reader(library / "reader" / "2", seed=9)
+    load(moving, "reader")
+    for id in ids:
+        assert calls.get(sessions_pb2.SessionName(session=id)).model.version == "1"
+        assert calls.turn(turn(id, 1, [1, 2])) == first[ids.index(id)]
+    old, new = (OnnxGraph(bundle.graph, library / "reader" / version / "step.onnx") for version in "12")
+    _, _, *states = old.run({"tokens": np.array([[1, 2]]), **{s.input: s.fresh(1) for s in bundle.graph.states}})
+    expected = new.run({"tokens": np.array([[3, 4]]), **{s.input: a for s, a in zip(bundle.graph.states, states, strict=True)}})[0]
+    assert {read(calls, id, 2, 3, 4) for id in ids} == {expected.tobytes()}
+    for id in ids:
+        info = calls.get(sessions_pb2.SessionName(session=id))
+        assert (info.model.version, info.turn, info.fingerprint) == ("2", 2, bundle.fingerprint)
+    shutil.rmtree(library / "reader" / "1")
+    load(moving, "reader")
+    assert read(calls, ids[0], 3, 5)
+
+
+def test_sessions_stay_where_states_differ(moving: Served, library: Path) -> None:
+    """A new version with another state, or a state of another name, takes over no session; where the old one is unloaded, its
+    sessions are told so, and a compatible one that comes later takes them up."""
+    calls = Calls(moving)
+    a = calls.new()
+    uncut = read(calls, calls.new(), 1, 1, 2, 3, 4)
+    first = read(calls, a, 1, 1, 2)
+    models.reader(library / "reader" / "2", hidden=9)
+    bundle = models.reader(library / "reader" / "3", seed=4)
+    step = bundle.graph
+    contract.save(replace(bundle, graphs={"step": replace(step, states=(step.states[1], step.states[0]))}), library / "reader" / "3")
+    load(moving, "reader")
+    assert first + read(calls, a, 2, 3, 4) == uncut
+    assert calls.get(sessions_pb2.SessionName(session=a)).model.version == "1"
+    shutil.rmtree(library / "reader" / "1")
+    load(moving, "reader")
+    assert why(calls.turn, turn(a, 3, [3])) == "MODEL_GONE"
+    models.reader(library / "reader" / "4", seed=5)
+    load(moving, "reader")
+    assert read(calls, a, 3, 5)
+    assert calls.get(sessions_pb2.SessionName(session=a)).model.version == "4"
+
+
+def test_a_turn_fails_on_the_new_version_and_the_session_lives(moving: Served, library: Path) -> None:
+    """The first turn on the new version is refused: the session has the turn that it had, and goes on."""
+    calls = Calls(moving)
+    a = calls.new()
+    read(calls, a, 1, 1, 2)
+    models.reader(library / "reader" / "2", seed=9)
+    load(moving, "reader")
+    assert why(calls.turn, turn(a, 2, [99])) == "OUT_OF_RANGE"
+    assert calls.get(sessions_pb2.SessionName(session=a)).turn == 1
+    assert read(calls, a, 2, 3)

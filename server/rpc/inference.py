@@ -188,11 +188,24 @@ class Inference:
                 return
             if given.end:
                 self._ending[id] = []
+        errands = self._shelf.errands
+        if errands is not None and (given.start or self._shelf.waits(id)):  # a store that takes its time is to be asked
+            errands.run((id,), lambda: self._begin_apart(step))
+        else:
+            self._begin(step)
+
+    def _begin_apart(self, step: _Step) -> None:
+        try:
+            self._begin(step)
+        except Exception as e:  # the caller is told, whatever it is
+            step.answer.fail(e)
+
+    def _begin(self, step: _Step) -> None:
         try:
             self._take(step)
         except BaseException:
-            if given.end:
-                self._ended(id)
+            if step.given.end:
+                self._ended(step.id)
             raise
 
     def _take(self, step: _Step) -> None:

@@ -1,14 +1,20 @@
-"""seqserve.v1.Sessions: state that stays between calls. Wire in, one call, wire out."""
+"""seqserve.v1.Sessions: state that stays between calls. Wire in, one call, wire out.
+
+Where the store takes its time, nothing here waits for it in the front's thread (errands.py): neither what opens, forks, moves or
+ends a session, nor what names one that is not in memory, or behind such a call of the same session. A turn of a session in
+memory is taken at once.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from hashlib import blake2b
+from typing import TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from contract.bundle import Graph, Tensor
 from protos import seqserve_pb2 as tasks_pb
@@ -31,6 +37,7 @@ from server.tasks.generate import Generator
 from server.turns import Plan, Turn, Turns
 
 SERVICE = "seqserve.v1.Sessions"
+M = TypeVar("M", bound=Message)
 _TURNS = b"\x0a"  # the tag of TurnsReply.turns: field 1, a length follows
 PAGE = 1000  # sessions that List gives at once
 
@@ -42,16 +49,38 @@ class Sessions:
 
     def methods(self, desk: Desk) -> Mapping[str, Method]:
         return {
-            f"/{SERVICE}/Open": desk.unary(pb.OpenRequest, self.open),
-            f"/{SERVICE}/Turn": desk.unary(pb.TurnRequest, self.turn),
+            f"/{SERVICE}/Open": desk.unary(pb.OpenRequest, self._apart(self.open)),
+            f"/{SERVICE}/Turn": desk.unary(pb.TurnRequest, self._apart(self.turn, look=True)),
             f"/{SERVICE}/Turns": desk.stream(lambda call, answer: _Stream(self._turns, call, answer)),
-            f"/{SERVICE}/Get": desk.unary(pb.SessionName, self.get),
-            f"/{SERVICE}/List": desk.unary(pb.ListRequest, self.list),
-            f"/{SERVICE}/Fork": desk.unary(pb.ForkRequest, self.fork),
-            f"/{SERVICE}/Export": desk.unary(pb.ExportRequest, self.export),
-            f"/{SERVICE}/Import": desk.unary(pb.ImportRequest, self.bring),
-            f"/{SERVICE}/Close": desk.unary(pb.SessionName, self.close),
+            f"/{SERVICE}/Get": desk.unary(pb.SessionName, self._apart(self.get, look=True)),
+            f"/{SERVICE}/List": desk.unary(pb.ListRequest, self._apart(self.list)),
+            f"/{SERVICE}/Fork": desk.unary(pb.ForkRequest, self._apart(self.fork)),
+            f"/{SERVICE}/Export": desk.unary(pb.ExportRequest, self._apart(self.export)),
+            f"/{SERVICE}/Import": desk.unary(pb.ImportRequest, self._apart(self.bring)),
+            f"/{SERVICE}/Close": desk.unary(pb.SessionName, self._apart(self.close)),
         }
+
+    def _apart(self, handle: Callable[[M, Answer], None], look: bool = False) -> Callable[[M, Answer], None]:
+        """The same handler in another thread, where it may wait for the store. To `look` at a session in memory waits for nothing."""
+        shelf, errands = self._shelf, self._shelf.errands
+        if errands is None:
+            return handle
+
+        def start(request: M, answer: Answer) -> None:
+            ids = [gate.stored(answer.caller, id) for id in _names(request)]
+            if look and ids and not shelf.waits(ids[0]):
+                handle(request, answer)
+                return
+
+            def work() -> None:
+                try:
+                    handle(request, answer)
+                except Exception as e:  # the caller is told, whatever it is
+                    answer.fail(e)
+
+            errands.run(ids, work)
+
+        return start
 
     def open(self, request: pb.OpenRequest, answer: Answer) -> None:
         caller = answer.caller
@@ -102,6 +131,7 @@ class _Stream(Receiver):
 
     def __init__(self, turns: Turns, call: Call, answer: Answer) -> None:
         self._turns = turns
+        self._errands = turns.shelf.errands
         self._call = call
         self._answer = answer
         self.caller = answer.caller
@@ -157,6 +187,21 @@ class _Stream(Receiver):
 
     def _take(self, turn: pb.TurnRequest) -> None:
         work = _InStream(turn, self)
+        if self._errands is not None and self._turns.shelf.waits(id := gate.stored(self.caller, turn.session)):
+            try:
+                self._errands.run((id,), lambda: self._begin_apart(turn, work))
+            except ServeError as e:
+                work.told(e)
+        else:
+            self._begin(turn, work)
+
+    def _begin_apart(self, turn: pb.TurnRequest, work: _InStream) -> None:
+        try:
+            self._begin(turn, work)
+        finally:
+            self.flush()
+
+    def _begin(self, turn: pb.TurnRequest, work: _InStream) -> None:
         try:
             if self.caller is not None:
                 self.caller.spend()
@@ -172,6 +217,17 @@ class _Stream(Receiver):
         except Exception:
             work.told(ModelFailed("INTERNAL", "the server failed while it took this turn; its log has the reason"))
             raise
+
+
+def _names(request: Message) -> list[str]:
+    """The sessions that a request names."""
+    if isinstance(request, pb.ForkRequest):
+        names = [request.session, request.fork]
+    elif isinstance(request, pb.ImportRequest):
+        names = [request.session or request.exported.session]
+    else:
+        names = [getattr(request, "session", "")]
+    return [name for name in names if name]
 
 
 JOINED = 256 << 10  # bytes: replies of one round are sent together up to this, or a message could outgrow what clients accept

@@ -1,0 +1,232 @@
+"""Turns that wait in line run as one sequence, and nobody can tell from the replies."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from contract import bundle as contract
+from contract.bundle import Bundle, Graph, State, Tensor
+from protos import sessions_pb2 as pb
+from server import turns as running
+from server.app import App
+from server.config import Config
+from server.inputs import Sizes
+from server.records import Record
+from server.rpc.answer import Answer, Desk
+from server.rpc.front import Metadata
+from server.rpc.sessions import _Stream
+from tests import models
+from tests.models import FLOAT, INT64, OPSET
+
+WIDTH = 16
+
+
+class Wire:
+    """A call whose stream of turns is played by hand: no port, no threads."""
+
+    method, metadata, peer, deadline, waiting = "/Turns", (), "here", None, 0
+
+    def __init__(self, app: App) -> None:
+        self.replies: list[pb.TurnReply] = []
+        self.stream = _Stream(app.turns, self, Answer(Desk(app.metrics, False), self, "/Turns"))
+
+    def reply(self, message: bytes, trailing: Metadata = ()) -> None:
+        self.replies += pb.TurnsReply.FromString(message).turns
+
+    def finish(self, trailing: Metadata = ()) -> None:
+        raise AssertionError("nobody ended the stream")
+
+    def fail(self, status: object, message: str, trailing: Metadata = ()) -> None:
+        raise AssertionError(message)
+
+    def on_gone(self, callback: Callable[[], None]) -> None:
+        pass
+
+    def send(self, *turns: pb.TurnRequest) -> None:
+        self.stream.on_message(pb.TurnsRequest(turns=turns).SerializeToString())
+
+
+@contextmanager
+def server(store: str, chunk: int = 32) -> Iterator[App]:
+    """A server without threads: rounds are run by who asks."""
+    with tempfile.TemporaryDirectory() as name:
+        models.two_layers(Path(name, "models", "two_layers", "1"), hidden=12)
+        app = App(Config(models=Path(name, "models"), workers=1, chunk=chunk, store=store.replace("PLACE", f"{name}/store"), metrics_port=-1))
+        app.catalog.scan(Path(name, "models"))
+        yield app
+        app.store.close()
+
+
+def run(app: App) -> int:
+    """Everything that is due; how many rounds that took."""
+    rounds = 0
+    while app.workers.step():
+        rounds += 1
+    return rounds
+
+
+def request(session: str, number: int, x: np.ndarray, acknowledged: int = 0) -> pb.TurnRequest:
+    tensor = pb.Tensor(name="x", datatype="FP32", shape=x.shape, data=x.tobytes())
+    return pb.TurnRequest(session=session, turn=number, acknowledged=acknowledged, tensors=pb.Tensors(tensors=[tensor]))
+
+
+def pieces(seed: int, turns: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(1, int(rng.integers(1, 5)), WIDTH)).astype(np.float32) for _ in range(turns)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**16), sessions=st.integers(1, 4), turns=st.integers(1, 30), chunk=st.sampled_from([3, 8, 32]),
+    bad=st.none() | st.integers(0, 29), store=st.sampled_from(["memory", "lmdb:PLACE"]),
+)  # fmt: skip
+def test_nobody_can_tell(seed: int, sessions: int, turns: int, chunk: int, bad: int | None, store: str) -> None:
+    """Sent one by one or all ahead, in messages cut anywhere, with a turn among them that is refused: the same bytes for each
+    turn, the same refusal, the same session afterwards, here and in the store."""
+    brought = {f"s{n}": pieces(seed + n, turns) for n in range(sessions)}
+    if bad is not None and bad < turns:
+        brought["s0"][bad] = np.full((1, 1, WIDTH), np.nan, np.float32)
+    told: list[dict[tuple[str, int], bytes]] = []
+    left: list[dict[str, object]] = []
+    for ahead in (False, True):
+        with server(store, chunk) as app:
+            wire, rng = Wire(app), random.Random(seed)
+            for id in brought:
+                app.shelf.open("two_layers", "", id)
+            every = [request(id, n + 1, x) for n in range(turns) for id, x in ((id, xs[n]) for id, xs in brought.items())]
+            while every:
+                count = rng.randint(1, 40) if ahead else 1
+                wire.send(*every[:count])
+                del every[:count]
+                if not ahead or rng.random() < 0.3:
+                    run(app)
+            run(app)
+            told.append({(r.session, r.turn): r.refusal.reason.encode() or r.SerializeToString() for r in wire.replies})
+            for id in brought:
+                assert [r.turn for r in wire.replies if r.session == id] == list(range(1, turns + 1))
+            left.append({id: (app.shelf.get(id).turn, *(a.reply for a in app.shelf.get(id).replies)) for id in brought})
+            if store != "memory":
+                kept = {r.kept.id: r for r in app.store.scan() if isinstance(r, Record)}
+                for id in brought:
+                    live = app.shelf.get(id)
+                    assert (kept[id].kept.turn, kept[id].kept.replies) == (live.turn, live.replies)
+                    rows = live.state.rows
+                    states = b"".join(a.tobytes() for a in rows.arrays()) if rows is not None else b""
+                    assert b"".join(a.tobytes() for a in kept[id].arrays or ()) == states
+    assert told[0] == told[1]
+    assert left[0] == left[1]
+
+
+def test_one_round_and_one_commit_for_all_that_wait() -> None:
+    """One turn runs, 32 come meanwhile: they take one round more and one commit, each a reply of its own; of 33 the last waits."""
+    for waiting, rounds in ((32, 2), (33, 3)):
+        with server("lmdb:PLACE") as app:
+            wire, commits = Wire(app), 0
+            write = app.store.write
+
+            def counted(*arguments: object, write: Callable[..., frozenset[str]] = write) -> frozenset[str]:
+                nonlocal commits
+                commits += 1
+                return write(*arguments)
+
+            app.shelf.open("two_layers", "", "s")
+            app.store.write = counted  # type: ignore[method-assign]
+            x = np.ones((1, 1, WIDTH), np.float32)
+            wire.send(*(request("s", n, x) for n in range(1, waiting + 2)))
+            assert run(app) == rounds
+            assert commits == rounds
+            assert [r.turn for r in wire.replies] == list(range(1, waiting + 2))
+
+
+def test_numbered_or_not_together() -> None:
+    """Turns without a number among numbered ones, joined: what is stored is what is applied, and replies before the last
+    without a number are kept no longer."""
+    with server("lmdb:PLACE") as app:
+        app.shelf.open("two_layers", "", "s")
+        heard: list[bytes] = []
+        wire = Wire(app)
+        x = np.ones((1, 1, WIDTH), np.float32)
+        for number in (1, 2, None, 4, None, 6, 7):
+            work = running.Asked(
+                lambda model, rest: running.Plan(lambda views: b"%d" % len(heard), inputs=((x.tobytes(),), Sizes(1, 1))),
+                lambda reply: heard.append(reply if isinstance(reply, bytes) else str(reply).encode()),
+            )
+            app.turns.turn("s", number, b"" if number is None else b"d%d" % number, work, None if number is None else 0)
+        run(app)
+        assert len(heard) == 7
+        assert not wire.replies
+        live = app.shelf.get("s")
+        assert (live.turn, live.acknowledged, [a.turn for a in live.replies]) == (7, 5, [6, 7])
+        (kept,) = [r for r in app.store.scan() if isinstance(r, Record)]
+        assert (kept.kept.turn, kept.kept.acknowledged, kept.kept.replies) == (7, 5, live.replies)
+
+
+def test_a_session_that_is_closed_amid_joined_turns() -> None:
+    """Closed while joined turns run: each is told so, and nothing of the session comes back."""
+    with server("lmdb:PLACE") as app:
+        wire = Wire(app)
+        app.shelf.open("two_layers", "", "s")
+        x = np.ones((1, 1, WIDTH), np.float32)
+        wire.send(*(request("s", n, x) for n in range(1, 9)))
+        assert app.workers.step()
+        app.turns.close("s")
+        run(app)
+        assert [r.refusal.reason for r in wire.replies] == [""] + 7 * ["SESSION_CLOSED"]
+        assert not list(app.store.scan())
+
+
+def echoes(directory: Path) -> Bundle:
+    """tokens [batch, time] → each as a text, and the sum of all so far as a state."""
+    directory.mkdir(parents=True)
+    nodes = [
+        helper.make_node("Cast", ["tokens"], ["said"], to=TensorProto.STRING),
+        helper.make_node("Cast", ["tokens"], ["numbers"], to=FLOAT),
+        helper.make_node("ReduceSum", ["numbers", "one"], ["sums"], keepdims=1),
+        helper.make_node("Add", ["sums", "total"], ["total_next"]),
+    ]
+    inputs = [helper.make_tensor_value_info("tokens", INT64, ["b", "t"]), helper.make_tensor_value_info("total", FLOAT, ["b", 1])]
+    outputs = [
+        helper.make_tensor_value_info("said", TensorProto.STRING, ["b", "t"]), helper.make_tensor_value_info("total_next", FLOAT, ["b", 1]),
+    ]  # fmt: skip
+    graph = helper.make_graph(nodes, "step", inputs, outputs, [helper.make_tensor("one", INT64, [1], [1])])
+    onnx.save(helper.make_model(graph, opset_imports=OPSET, ir_version=9), directory / "step.onnx")
+    step = Graph(
+        "step.onnx", (Tensor("tokens", "int64", ("batch", "time")),), (Tensor("said", "string", ("batch", "time")),),
+        (State("total", "total_next", "float32", ("batch", 1)),),
+    )  # fmt: skip
+    return contract.save(Bundle("echoes", {"step": step}, "step"), directory)
+
+
+@pytest.mark.parametrize("together", [1, 5])
+def test_texts_are_texts(tmp_path: Path, together: int) -> None:
+    """A turn's output of texts comes back as texts, alone in a round or with others, one by one or joined: never as whatever
+    numpy keeps in their place."""
+    echoes(tmp_path / "echoes" / "1")
+    app = App(Config(models=tmp_path, workers=1))
+    app.catalog.scan(tmp_path)
+    wire = Wire(app)
+    ids = [f"s{n}" for n in range(together)]
+    for id in ids:
+        app.shelf.open("echoes", "", id)
+    tokens = [np.array([[100 * n, 7]]) for n in range(6)]
+    for n, array in enumerate(tokens):
+        tensor = pb.Tensor(name="tokens", datatype="INT64", shape=array.shape, data=array.tobytes())
+        wire.send(*(pb.TurnRequest(session=id, turn=n + 1, tensors=pb.Tensors(tensors=[tensor])) for id in ids))
+    run(app)
+    assert len(wire.replies) == 6 * together
+    for reply in wire.replies:
+        (said,) = reply.tensors.tensors
+        texts = [str(100 * (reply.turn - 1)).encode(), b"7"]
+        assert (said.datatype, list(said.shape)) == ("BYTES", [1, 2])
+        assert said.data == b"".join(len(t).to_bytes(4, "little") + t for t in texts)

@@ -1,7 +1,7 @@
 """How a client shows who it is, and how it knows the server: TLS files, an API key from a file. Options and environment alike.
 
-    credentials = access.tls(ca=Path("ca.pem"), cert=Path("me.pem"), key=Path("me.key"))
-    seqserve.Client("host:8001", credentials=credentials, metadata=access.bearer(access.read_key(Path("api.key"))))
+credentials = access.tls(ca=Path("ca.pem"), cert=Path("me.pem"), key=Path("me.key"))
+seqserve.Client("host:8001", credentials=credentials, metadata=access.bearer(access.read_key(Path("api.key"))))
 """
 
 from __future__ import annotations

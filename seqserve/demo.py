@@ -50,7 +50,8 @@ class Failed(Exception):
 def run(server: str | None = None, models: Path | None = None, shown: Mapping[str, Any] | None = None) -> int:
     """Show everything once and return the exit code: 0 where every step went well, else 1.
 
-    `server` is one that runs already, and is shown what `shown` says (access.chosen); without it one is started on a free port with the bundles in `models`.
+    `server` is one that runs already, and is shown what `shown` says (access.chosen); without it one is started on a free port
+    with the bundles in `models`.
     """
     began = time.monotonic()
     try:

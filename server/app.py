@@ -15,7 +15,6 @@ import grpc
 from server import shelf
 from server.catalog import Catalog
 from server.config import Config
-from server.engine import Workers
 from server.keys import Keys
 from server.metrics import Metrics
 from server.rounds import Limits
@@ -30,6 +29,7 @@ from server.rpc.statistics import Statistics, StatisticsService
 from server.shelf import Shelf
 from server.store import open_store
 from server.turns import Turns
+from server.workers import Workers
 
 log = logging.getLogger(__name__)
 

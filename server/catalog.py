@@ -7,6 +7,7 @@ and a first run of every graph. A damaged one is refused with every fault listed
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from contract import bundle as contract
 from contract.bundle import BATCH, TIME, Bundle, BundleError, Graph, Tensor, is_ragged
 from server import dropin
-from server.engine import Engine, Watch, Workers
+from server.engine import Engine, Watch
 from server.errors import NotFound, listed
 from server.graph import OnnxGraph
 from server.inputs import spell
@@ -28,6 +29,7 @@ from server.tasks.generate import Generator
 from server.tasks.tag import Tagger
 from server.tasks.tensors import Tensors
 from server.tasks.translate import Translator
+from server.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -99,15 +101,20 @@ class Catalog:
             raise BundleError(str(directory), [f"the bundle is named {bundle.name!r}: rename the directory or export it anew"])
         graphs: dict[str, OnnxGraph] = {}
         faults = _task_faults(bundle)
+        ran: list[tuple[str, int, float]] = []
         for key, graph in bundle.graphs.items():
             try:
                 graphs[key] = OnnxGraph(graph, directory / graph.file)
-                faults += [f"graph {key!r}: {fault}" for fault in _first_run(graphs[key])]
+                found, times = _first_run(graphs[key])
+                faults += [f"graph {key!r}: {fault}" for fault in found]
+                ran += [(key, rows, seconds) for rows, seconds in times]
             except BundleError as e:
                 faults += [f"graph {key!r}: {fault}" for fault in e.faults]
         if faults:
             raise BundleError(str(directory), faults)
         engine = Engine(bundle, version, graphs, self._workers, self._limits, self._watch)
+        for which, rows, seconds in ran:
+            engine.costs.learn(which, rows, 1, seconds)
         try:
             task = KINDS[bundle.kind].make(engine, directory) if bundle.kind in KINDS else None
         except Exception as e:  # a vocabulary file that is none, a number that is none: the tokenizers library raises bare Exception
@@ -227,23 +234,28 @@ def _task_faults(bundle: Bundle) -> list[str]:
     return faults
 
 
-def _first_run(onnx: OnnxGraph) -> list[str]:
-    """Warm up with one row and with several, and see that the outputs have the promised forms; what is wrong."""
+def _first_run(onnx: OnnxGraph) -> tuple[list[str], list[tuple[int, float]]]:
+    """Warm up with one row and with several, and see that the outputs have the promised forms; what is wrong, and by rows the
+    seconds that a step took."""
     graph = onnx.graph
+    times = []
     for rows, steps in ((1, 1), (min(3, graph.max_rows), min(2, graph.max_time))):
         feeds = {t.name: _sample(t, rows, steps) for t in graph.inputs} | {s.input: s.fresh(rows) for s in graph.states}
         try:
             results = onnx.run(feeds)
+            began = time.thread_time()
+            results = onnx.run(feeds)
+            times.append((rows, (time.thread_time() - began) / steps))
         except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
-            return [f"does not run with {rows} rows of {steps} steps: {str(e)[:300]}"]
+            return [f"does not run with {rows} rows of {steps} steps: {str(e)[:300]}"], []
         sizes = {BATCH: rows, TIME: steps}
         promised = [(t.name, t.axes, spell(t)) for t in graph.outputs]
         promised += [(s.output, s.axes, f"{s.dtype} {list(s.axes)}") for s in graph.states]
         for (name, axes, text), array in zip(promised, results, strict=True):
             wanted = [a if isinstance(a, int) else sizes.get(a, rows * _CELLS if is_ragged(a) else _CELLS) for a in axes]
             if list(array.shape) != wanted:
-                return [f"output {name!r} is {list(array.shape)} for {rows} rows of {steps} steps; promised is {text}"]
-    return []
+                return [f"output {name!r} is {list(array.shape)} for {rows} rows of {steps} steps; promised is {text}"], []
+    return [], times
 
 
 _CELLS = 2  # the length of every other named axis in a first run

@@ -105,6 +105,9 @@ class LmdbStore:
                 return None
             return self._decoded(txn, _key(id), value)
 
+    def mine(self, id: str) -> bool:
+        return True
+
     def scan(self) -> Iterator[Record | Refusal]:
         yield from (Refusal(None, DAMAGED, message) for message in self._lost)
         after = b"s"

@@ -59,7 +59,7 @@ class Tenant:
             now = self._clock()
             self._tokens = min(_burst(self.quota), self._tokens + (now - self._since) * rate)
             self._since = now
-            if self._tokens >= 1:
+            if self._tokens > 1 - 1e-6:  # who waited as long as told must not be refused for a rounding
                 self._tokens -= 1
                 return
             wait = (1 - self._tokens) / rate

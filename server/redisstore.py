@@ -141,6 +141,12 @@ class RedisStore:
             if self._run(_TAKE, [key], [self._me, fields[b"record"]]):  # else it was written meanwhile: look again
                 return record
 
+    def mine(self, id: str) -> bool:
+        try:
+            return bool(self._client.hget(self._key(id), b"owner") == self._me)
+        except self._redis.RedisError as e:
+            raise self._failed(e) from None
+
     def scan(self) -> Iterator[Record | Refusal]:
         seen: set[bytes] = set()
         cursor = 0

@@ -77,6 +77,11 @@ class Shelf:
         """Whether the store keeps sessions as they go."""
         return self._store.durability is not Durability.NONE
 
+    @property
+    def shared(self) -> bool:
+        """Whether other servers may take a session up that is in memory here."""
+        return self._store.shared
+
     def start(self) -> None:
         """Take up what survived, and begin to expire."""
         for found in () if self._store.shared else self._store.scan():
@@ -222,7 +227,10 @@ class Shelf:
 
     @contextmanager
     def held(self, id: str) -> Iterator[Session]:
-        """A session in memory, with the lock held. Raises as Sessions.find, or Gone where what is stored can't be taken up."""
+        """A session in memory, with the lock held; as it is now, where other servers write to it too. Raises as Sessions.find, or
+        Gone where what is stored can't be taken up."""
+        if self._store.shared:
+            self._let_go(id)
         while True:
             self._find(id)
             with self.changed:
@@ -298,6 +306,20 @@ class Shelf:
             states = [(s.input, s.dtype, s.axes) for s in model.bundle.graph.states]
             about = self._carried[model.bundle.fingerprint] = (model.bundle.kind, *states)
         return about
+
+    def _let_go(self, id: str) -> None:
+        """What another server has taken up since is not this one's any more. Raises Conflict while a turn of it runs here: it will
+        not be stored, but must be over before the session may come back, or the store would take it for this server's own."""
+        if self.sessions.live(id) is None or self._store.mine(id):
+            return
+        with self.changed:
+            session = self.sessions.live(id)
+            if session is None:
+                return
+            if session.line:
+                message = f"session {id!r} moved to another server while a turn of it runs here; send it again"
+                raise Conflict("BUSY", message, retry_after=0.05, session=id, turn=session.turn)
+            self.sessions.close(id, "moved")
 
     def _find(self, id: str) -> None:
         """See that a session is in memory, if it is anywhere. Raises Gone, where what is stored can't be taken up."""

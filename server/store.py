@@ -69,6 +69,10 @@ class Store(Protocol):
         """Take up a session: where `shared`, from now on no other server's writes of it count. Raises Unreadable, StoreFailed."""
         ...
 
+    def mine(self, id: str) -> bool:
+        """Whether no other server has taken a session up, or ended it, since this one did. Raises StoreFailed."""
+        ...
+
     def scan(self) -> Iterator[Record | Refusal]:
         """Everything there is, in no order, and without taking it up. Raises StoreFailed."""
         ...
@@ -132,6 +136,9 @@ class MemoryStore:
         with self._lock:
             record = self._records.get(id)
         return None if record is None else _stateless(record)
+
+    def mine(self, id: str) -> bool:
+        return True
 
     def scan(self) -> Iterator[Record | Refusal]:
         with self._lock:

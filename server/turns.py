@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listed
 
 from server.catalog import Model
-from server.engine import Clock, Workers
+from server.engine import Clock
 from server.errors import Conflict, ModelFailed, ServeError
 from server.inputs import Sizes
 from server.joined import join, joinable, part
@@ -26,6 +26,7 @@ from server.sequence import Inputs, Packed, Sequence, Views
 from server.sessions import Begun, Kept, Pending, Session
 from server.shelf import Memory, Shelf
 from server.states import Rows
+from server.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -188,15 +189,16 @@ class Turns:
         self._waiting: deque[list[_Ran]] = deque()  # by round, for a store that takes its time
         workers.after_round = self._after_round
 
-    def turn(self, id: str, turn: int | None, digest: bytes, work: Turn, acknowledged: int | None) -> None:
-        """Take a turn; it is told once of its reply or why there is none, from this thread or a worker's.
+    def turn(self, id: str, turn: int | None, digest: bytes, work: Turn, acknowledged: int | None, *, sure: bool = False) -> None:
+        """Take a turn; it is told once of its reply or why there is none, from this thread or a worker's. Be `sure`, and ask the
+        store, before a refusal is passed on, where other servers may have gone on with the session.
 
         A caller that does not number its turns (None) means the next, and can't send one again; one that acknowledges
         nothing (None) has the reply of every turn before this one.
         """
         sessions = self._sessions
         with self._changed:
-            session = sessions.live(id)
+            session = None if sure else sessions.live(id)
             if session is not None:
                 begun = self._begin(session, turn, digest, work, acknowledged)
         if session is None:
@@ -325,7 +327,7 @@ class Turns:
         moved = self._store(ran) if self.shelf.keeps else frozenset()
         if moved is None:
             return
-        closed: list[str] = []
+        closed: list[Session] = []
         told: list[tuple[Session, list[Pending], Listed[bytes]]] = []
         now = self._clock()
         with self._changed:
@@ -333,8 +335,8 @@ class Turns:
                 session = r.session
                 if session.id in moved:
                     continue
-                if not session.line:  # closed meanwhile: it must not come back from the store
-                    closed.append(session.id)
+                if not session.line:  # closed meanwhile
+                    closed.append(session)
                     continue
                 told.append((session, self._sessions.commit(session, r.replies, r.memory, now), r.replies))
             self._shared.append(ran)
@@ -353,8 +355,26 @@ class Turns:
         for id in moved:
             self._end(id, "moved")
         if closed and self.shelf.keeps:
-            self.shelf.write((), closed)
+            self._stay_closed(closed)
         self.shelf.put_away()
+
+    def _stay_closed(self, closed: list[Session]) -> None:
+        """Sessions that were closed while this round was stored must not come back from the store; nor may one that was opened
+        anew under such an id be lost, or be what the old one was."""
+        for session in closed:
+            written: Kept | None = None
+            while True:
+                with self._changed:
+                    now = self._sessions.live(session.id)
+                    kept = None if now is None else now.kept
+                    away = self._sessions.away(session.id)
+                if away or (kept is not None and kept == written):
+                    break
+                if kept is None:
+                    self.shelf.write((), [session.id])
+                    break
+                self.shelf.write([kept])
+                written = kept
 
     def _store(self, ran: list[_Ran]) -> frozenset[str] | None:
         """Store what was run; gives the ids that another server has taken up since, or None where nothing could be stored."""

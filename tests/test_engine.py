@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.catalog import Catalog, Model
-from server.engine import Workers
 from server.errors import DeadlineExceeded, Draining, ModelFailed, Overloaded, ServeError
 from server.metrics import Metrics
 from server.rounds import Limits
 from server.sequence import Outputs, Sequence, Views
+from server.workers import Workers
 from tests import models
 
 Array = np.ndarray[Any, Any]

@@ -25,11 +25,11 @@ from protos import seqserve_pb2 as pb
 from protos import sessions_pb2 as live
 from seqserve import cli
 from server.catalog import Catalog
-from server.engine import Workers
 from server.graph import OnnxGraph
 from server.metrics import Metrics
 from server.rounds import Limits
 from server.tasks.generate import Generated, Generator, Wanted
+from server.workers import Workers
 from tests import models
 from tests.process import ROOT, Served, reason, serve
 from tests.test_server import metric

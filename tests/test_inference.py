@@ -329,6 +329,25 @@ def test_a_sequence_of_one_request(served: Served) -> None:
     assert refused(served, two)[0] == "BAD_ROWS"
 
 
+def test_sequences_of_one_id_follow_each_other(served: Served) -> None:
+    """Whole sequences of one id sent ahead over one stream, each begun before the last one's end was answered, give what each
+    gives alone, in the order sent."""
+    steps = [[1, 2], [3], [4, 5, 6]]
+    alone = []
+    for i, step in enumerate(steps):
+        request = give(tokens_request([step]), sequence_id=70, sequence_start=i == 0, sequence_end=i == 2)
+        alone.append(infer(served, request).raw_output_contents)
+    sent = []
+    for number in range(20):
+        for i, step in enumerate(steps):
+            request = give(tokens_request([step]), sequence_id=71, sequence_start=i == 0, sequence_end=i == 2)
+            request.id = f"{number}/{i}"
+            sent.append(request)
+    came = [r.infer_response for r in stream(served, *sent)]
+    assert [r.id for r in came] == [r.id for r in sent]
+    assert [r.raw_output_contents for r in came] == alone * 20
+
+
 def test_statistics(served: Served) -> None:
     """Requests, rows and rounds are counted, the three parts of computing equally often; a deadline that passes is a failure."""
     method = served.method(f"{SERVICE}/ModelStatistics", pb.ModelStatisticsResponse)

@@ -14,9 +14,9 @@ import seqserve
 from server.app import App
 from server.catalog import Catalog
 from server.config import Config
-from server.engine import Workers
 from server.metrics import TABLE, Metrics
 from server.rounds import Limits
+from server.workers import Workers
 from tests.process import ROOT
 
 PAGE = ROOT / "docs" / "metrics.md"

@@ -24,10 +24,10 @@ from export import __main__ as export
 from protos import seqserve_pb2 as pb
 from seqserve import cli, results, show
 from server.catalog import Catalog
-from server.engine import Workers
 from server.graph import OnnxGraph
 from server.metrics import Metrics
 from server.rounds import Limits
+from server.workers import Workers
 from tests.process import ROOT, Served, reason, serve
 from training import __main__ as train
 from training import tagger

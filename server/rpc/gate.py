@@ -85,7 +85,8 @@ def told(caller: Caller | None, error: ServeError) -> ServeError:
         return error
     prefix = caller.tenant.prefix
     facts = {key: value.removeprefix(prefix) if key == "session" else value for key, value in error.facts.items()}
-    return type(error)(error.reason, error.message.replace(prefix, ""), retry_after=error.retry_after, **facts)
+    message = error.message.replace(f"'{prefix}", "'").replace(f'"{prefix}', '"')  # ids are quoted, as Python does
+    return type(error)(error.reason, message, retry_after=error.retry_after, **facts)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Sessions:
             f"/{SERVICE}/Open": desk.unary(pb.OpenRequest, self._apart(self.open)),
             f"/{SERVICE}/Turn": desk.unary(pb.TurnRequest, self._apart(self.turn, look=True)),
             f"/{SERVICE}/Turns": desk.stream(lambda call, answer: _Stream(self._turns, call, answer)),
-            f"/{SERVICE}/Get": desk.unary(pb.SessionName, self._apart(self.get, look=True)),
+            f"/{SERVICE}/Get": desk.unary(pb.SessionName, self._apart(self.get, look=not self._shelf.shared)),
             f"/{SERVICE}/List": desk.unary(pb.ListRequest, self._apart(self.list)),
             f"/{SERVICE}/Fork": desk.unary(pb.ForkRequest, self._apart(self.fork)),
             f"/{SERVICE}/Export": desk.unary(pb.ExportRequest, self._apart(self.export)),
@@ -90,7 +90,14 @@ class Sessions:
         answer.done(_info(kept, caller))
 
     def turn(self, request: pb.TurnRequest, answer: Answer) -> None:
-        _take(self._turns, request, _InCall(request, answer), answer.caller)
+        caller = answer.caller
+        try:
+            _take(self._turns, request, _InCall(request, answer), caller)
+        except Conflict:
+            if not self._shelf.shared:
+                raise
+            sure: Callable[[pb.TurnRequest, Answer], None] = lambda r, a: _take(self._turns, r, _InCall(r, a), caller, sure=True)  # noqa: E731
+            self._apart(sure)(request, answer)
 
     def get(self, request: pb.SessionName, answer: Answer) -> None:
         caller = answer.caller
@@ -195,13 +202,13 @@ class _Stream(Receiver):
         else:
             self._begin(turn, work)
 
-    def _begin_apart(self, turn: pb.TurnRequest, work: _InStream) -> None:
+    def _begin_apart(self, turn: pb.TurnRequest, work: _InStream, sure: bool = False) -> None:
         try:
-            self._begin(turn, work)
+            self._begin(turn, work, sure)
         finally:
             self.flush()
 
-    def _begin(self, turn: pb.TurnRequest, work: _InStream) -> None:
+    def _begin(self, turn: pb.TurnRequest, work: _InStream, sure: bool = False) -> None:
         try:
             if self.caller is not None:
                 self.caller.spend()
@@ -210,8 +217,12 @@ class _Stream(Receiver):
                     # Sent ahead of the refusal: on top of whatever is in the refused turn's place it would be another turn.
                     raise _behind(turn, self._refused[turn.session])
                 self._refused.pop(turn.session, None)
-            _take(self._turns, turn, work, self.caller)
+            _take(self._turns, turn, work, self.caller, sure)
         except ServeError as e:
+            if isinstance(e, Conflict) and self._errands is not None and self._turns.shelf.shared and not sure:
+                ids = [gate.stored(self.caller, turn.session)]
+                self._errands.run(ids, lambda: self._begin_apart(turn, work, sure=True))
+                return
             self._refused.setdefault(turn.session, turn.turn)
             work.told(e)
         except Exception:
@@ -301,8 +312,8 @@ class _InCall(_Asked):
             self.answer.done_bytes(reply)
 
 
-def _take(turns: Turns, request: pb.TurnRequest, work: _Asked, caller: Caller | None) -> None:
-    """Hand a turn over."""
+def _take(turns: Turns, request: pb.TurnRequest, work: _Asked, caller: Caller | None, sure: bool = False) -> None:
+    """Hand a turn over; `sure`: as Turns.turn."""
     kind = work.kind
     if kind is None:
         raise InvalidInput(
@@ -312,7 +323,7 @@ def _take(turns: Turns, request: pb.TurnRequest, work: _Asked, caller: Caller | 
     data = part.encode() if isinstance(part, str) else part.SerializeToString(deterministic=True)
     digest = blake2b(data, digest_size=16, person=_PERSONS[kind]).digest()
     id = request.session if caller is None else caller.tenant.prefix + request.session
-    turns.turn(id, request.turn, digest, work, request.acknowledged)
+    turns.turn(id, request.turn, digest, work, request.acknowledged, sure=sure)
 
 
 _PERSONS = {kind: kind.encode() for kind in ("tensors", "observations", "text", "generate")}

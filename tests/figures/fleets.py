@@ -176,7 +176,8 @@ class Processes:
         for replica in range(REPLICAS):
             self.back(replica)
         text = (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
-        text = re.sub(r"(?m)^resolvers.*\n(?:[ \n].*\n?)*?(?=^\w)", "", text).replace("init-addr none resolvers names", "")
+        before, _, after = text.partition("resolvers names\n")
+        text = before + after[after.index("frontend") :].replace("init-addr none resolvers names", "")
         servers = "\n".join(f"    server replica{r} {_host(r)}:{self._port}" for r in range(REPLICAS))
         text = re.sub(r"(?m)^ *server-template.*$", servers, text)
         text = text.replace("${BALANCER_PORT}", str(self._balancer)).replace(":8404", f"127.0.0.1:{self._metrics}")

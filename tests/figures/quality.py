@@ -29,7 +29,6 @@ from contract.chain import labelled
 from contract.text import of_letters
 from seqserve import Client
 from server.catalog import Catalog
-from server.engine import Workers
 from server.errors import ServeError
 from server.metrics import Metrics
 from server.rounds import Limits
@@ -37,6 +36,7 @@ from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
 from server.tasks.tag import Tagger
 from server.tasks.translate import Translator, Wanted
+from server.workers import Workers
 from tests.process import ROOT, serve
 from training import charlm
 from training.data import ett, imdb, mnist, multi30k, shakespeare, wnut17

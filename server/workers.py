@@ -1,0 +1,294 @@
+"""The one loop: choose → run → answer → choose. All concurrency of the server lives here.
+
+One lock guards every engine's queue; it is held for decisions (microseconds), never during a run. Workers are threads:
+each takes the round of whoever has waited longest, over all engines, so no core idles while any model has work. A
+round's sequences belong to the thread that runs it until it is done, so they need no lock of their own. Replies leave
+from that thread, with no wake-up in between.
+
+The front's thread *attends*: rounds of sequences that cost little in all it runs itself, when it has taken what had arrived.
+To hand a round of a millisecond to another thread, and get the interpreter's lock back and forth, costs more than it wins.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Listed
+
+from server.engine import Clock, Engine, key
+from server.errors import DeadlineExceeded, Draining, ModelFailed, NotFound, ServeError
+from server.rounds import Round
+from server.sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+ENOUGH = 64  # rows: what one round takes by default
+BRIEF = 0.01  # seconds: the longest round that the thread which brings work runs itself: so long it hears of nothing new
+WORTH = 0.001  # seconds of running, over all workers, that a sequence must need in all to be worth handing over
+
+
+class Workers:
+    """The threads that run rounds, for all engines.
+
+    A thread that brings work (the front's) may *attend*: it runs brief rounds itself when nothing more has arrived, and wakes
+    a worker only for longer ones. For a round of a millisecond, waking a thread and passing it the interpreter's lock costs
+    more than the round; and while it is run, the next ones' rows arrive.
+    """
+
+    def __init__(self, threads: int, clock: Clock = time.monotonic, brief: float = BRIEF) -> None:
+        self.order: Iterator[int] = itertools.count(1)
+        self.after_round: Callable[[], None] = lambda: None  # called by whoever ran a round when all of it was answered
+        self._clock = clock
+        self._brief = brief
+        self.worth = WORTH / max(1, threads)
+        self._engines: list[Engine] = []
+        self._wake = threading.Condition(threading.Lock())
+        self._attendant = 0  # the thread that attends
+        self._attending = False  # it is about: it will look for brief rounds before it sleeps
+        self._brought = 0  # rows, since it last looked
+        self._asleep = 0
+        self._stopping = False
+        self._draining = False
+        self._running = 0
+        self._threads = [threading.Thread(target=self._work, name=f"worker-{i}", daemon=True) for i in range(threads)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, engine: Engine) -> None:
+        with self._wake:
+            self._engines = [*self._engines, engine]
+
+    def remove(self, engine: Engine) -> None:
+        with self._wake:
+            self._engines = [e for e in self._engines if e is not engine]
+
+    def retire(self, engine: Engine) -> None:
+        with self._wake:
+            engine.retired = True
+            if not engine.rounds.tickets:
+                self._engines = [e for e in self._engines if e is not engine]
+
+    def submit(self, engine: Engine, sequence: Sequence, deadline: float | None) -> None:
+        now = self._clock()
+        if deadline is not None and deadline <= now:
+            raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline had passed when the request arrived")
+        with self._wake:
+            if engine.retired:
+                raise NotFound("UNLOADED", f"model {engine.name!r} version {engine.version} was unloaded", model=engine.name)
+            if self._draining:
+                raise Draining("DRAINING", "the server is shutting down; send the request again")
+            engine.enqueue(sequence, deadline, now)
+            if self._attending and threading.get_ident() == self._attendant:
+                self._brought += sequence.rows
+            else:
+                self._wake.notify()
+
+    def cancel(self, engine: Engine, sequence: Sequence) -> None:
+        with self._wake:
+            left = sequence.order > 0 and engine.rounds.leave(sequence)
+        if left:
+            engine.watch.left(engine, [sequence], "cancelled")
+
+    def waited(self, engine: Engine) -> tuple[float, float]:
+        now = self._clock()
+        with self._wake:
+            since = min((s.since for s in engine.rounds.everyone()), default=now)
+            return max(0.0, now - since), engine.rounds.expected_wait() if engine.rounds.tickets else 0.0
+
+    def drain(self, seconds: float) -> bool:
+        """Take nothing new; wait until what is here is done. False where `seconds` did not suffice."""
+        with self._wake:
+            self._draining = True
+            return self._wake.wait_for(self._idle, seconds)
+
+    def stop(self) -> None:
+        """End the threads after the rounds they run; whoever still waits is told."""
+        with self._wake:
+            self._draining = self._stopping = True
+            left = [s for e in self._engines for s in e.rounds.everyone() if e.rounds.leave(s)]
+            self._wake.notify_all()
+        for s in left:
+            _tell(s.failed, Draining("DRAINING", "the server shut down before this was done; send the request again"))
+        for thread in self._threads:
+            thread.join()
+
+    def _idle(self) -> bool:
+        return not self._running and not any(e.rounds.tickets for e in self._engines)
+
+    def step(self) -> bool:
+        """Do in this thread what is due now: tell the late, run one round. False where nothing was due."""
+        with self._wake:
+            due = self._take()
+        if due is not None:
+            self._do(*due)
+        return due is not None
+
+    def attend(self) -> None:
+        """From now until `brief` says otherwise, what this thread submits is left to it where it is brief."""
+        self._attendant = threading.get_ident()
+        self._attending = True
+
+    @property
+    def enough(self) -> bool:
+        """Whether the attendant brought a full round's rows since it last looked."""
+        return self._brought >= ENOUGH
+
+    def brief(self) -> bool:
+        """Run one brief round in this thread. False where there is none: then workers were woken for what else there is, and
+        take what comes, until this thread attends again."""
+        with self._wake:
+            chosen = None
+            late = self._late()
+            engines = [e for e in self._engines if e.rounds.waiting_rows]
+            if engines and not self._stopping:
+                brief = [e for e in engines if e.brief(self._brief)]
+                if brief:
+                    engine = brief[0] if len(brief) == 1 else min(brief, key=lambda e: e.rounds.oldest() or 0)
+                    round = engine.rounds.next(1)
+                    if round is not None:
+                        chosen = (engine, round)
+                if self._asleep and len(engines) > len(brief):
+                    self._wake.notify()
+            self._brought = sum(e.rounds.waiting_rows for e in engines)
+            if chosen is None and not late:
+                self._attending = False
+                if engines and self._asleep:
+                    self._wake.notify()
+                return False
+            self._running += 1
+        self._do(late, chosen)
+        return True
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while (due := self._take(worker=True)) is None:
+                    if self._stopping:
+                        return
+                    self._asleep += 1
+                    self._wake.wait(self._pause())
+                    self._asleep -= 1
+                if self._asleep and any(e.rounds.waiting_rows for e in self._engines):
+                    self._wake.notify()
+            self._do(*due)
+
+    def _take(self, worker: bool = False) -> tuple[list[tuple[Engine, Sequence]], tuple[Engine, Round[Sequence]] | None] | None:
+        """What is due: who is late, and the round to run. The lock is held."""
+        late = self._late()
+        chosen = self._choose(worker)
+        if not late and chosen is None:
+            return None
+        self._running += 1
+        return late, chosen
+
+    def _do(self, late: Listed[tuple[Engine, Sequence]], chosen: tuple[Engine, Round[Sequence]] | None) -> None:
+        try:
+            for engine, s in late:
+                engine.watch.left(engine, [s], "expired")
+                _tell(s.failed, DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed while the request waited"))
+            if chosen is not None:
+                self._run(*chosen)
+        finally:
+            with self._wake:
+                self._running -= 1
+                if self._draining and self._idle():
+                    self._wake.notify_all()
+
+    def _choose(self, worker: bool) -> tuple[Engine, Round[Sequence]] | None:
+        """The round of whoever has waited longest, over all engines; brief ones are left to a thread that attends."""
+        best: Engine | None = None
+        first = 0
+        for engine in self._engines:
+            if engine.rounds.waiting_rows and not (worker and self._attending and engine.brief(self._brief)):
+                order = engine.rounds.oldest()
+                if order is not None and (best is None or order < first):
+                    best, first = engine, order
+        round = best.rounds.next() if best is not None else None
+        return (best, round) if best is not None and round is not None else None
+
+    def _late(self) -> list[tuple[Engine, Sequence]]:
+        now = self._clock()
+        return [(engine, s) for engine in self._engines for s in engine.rounds.expired(now)]
+
+    def _pause(self) -> float | None:
+        deadlines = [d for e in self._engines if (d := e.rounds.wake_at()) is not None]
+        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
+
+    def _run(self, engine: Engine, round: Round[Sequence]) -> None:
+        sequences = round.tickets
+        started = self._clock()
+        graph = sequences[0].graph
+        failed = engine.run(round)
+        ended = self._clock()
+        seconds = ended - started
+        for s in sequences:
+            s.queued += started - s.since
+            s.run += seconds
+            s.rounds += 1
+            s.since = ended
+        with self._wake:
+            engine.rounds.done(round, seconds)
+        engine.watch.round(engine, graph, round.rows, round.steps, seconds)
+        again: list[Sequence] = []
+        answered: list[Sequence] = []
+        for s in sequences:
+            if s.gone:
+                continue
+            if failed and s in failed:
+                self._leave(engine, [s], "failed")
+                _tell(s.failed, failed[s])
+            elif s.remaining:
+                again.append(s)
+            else:
+                try:
+                    engine.answer(s)
+                except Exception as e:
+                    if not isinstance(e, ServeError):  # which is the caller's to mend: shared memory too small for an output
+                        log.exception("model %s: an answer could not be made", engine.name)
+                        e = ModelFailed("ANSWER_FAILED", f"the answer of model {engine.name!r} could not be made: {e}")
+                    self._leave(engine, [s], "failed")
+                    _tell(s.failed, e)
+                    continue
+                (again if s.going else answered).append(s)
+        self._leave(engine, answered, "answered")
+        engine.ran(seconds, len(answered))
+        try:
+            self.after_round()
+        except Exception:  # what is done for some sequences of a round must not keep the others from going on
+            log.exception("model %s: after a round", engine.name)
+        if again:
+            self._again(engine, again)
+
+    def _again(self, engine: Engine, sequences: Listed[Sequence]) -> None:
+        with self._wake:
+            for s in sequences:
+                if s.gone:
+                    continue
+                if s.remaining:
+                    engine.rounds.again(s)
+                else:
+                    graph = engine.graphs[s.graph].graph
+                    engine.rounds.turn(s, key(engine, s), s.rows, s.steps, cut=graph.cut, shared=graph.shared)
+            if self._asleep and not (self._attending and threading.get_ident() == self._attendant):
+                self._wake.notify()
+
+    def _leave(self, engine: Engine, sequences: list[Sequence], how: str) -> None:
+        if sequences:
+            with self._wake:
+                for s in sequences:
+                    engine.rounds.leave(s)
+                if engine.retired and not engine.rounds.tickets:
+                    self._engines = [e for e in self._engines if e is not engine]
+            engine.watch.left(engine, sequences, how)
+
+
+def _tell(failed: Callable[[ServeError], None], error: ServeError) -> None:
+    try:
+        failed(error)
+    except Exception:  # a caller's own callback must not end a worker
+        log.exception("an error could not be delivered")

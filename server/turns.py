@@ -362,18 +362,15 @@ class Turns:
         """Sessions that were closed while this round was stored must not come back from the store; nor may one that was opened
         anew under such an id be lost, or be what the old one was."""
         for session in closed:
-            written: Kept | None = None
-            while True:
+            written: Kept | None | Session = session  # nothing yet
+            while True:  # whatever changed while it was written is written again
                 with self._changed:
                     now = self._sessions.live(session.id)
                     kept = None if now is None else now.kept
                     away = self._sessions.away(session.id)
-                if away or (kept is not None and kept == written):
+                if away or kept == written:
                     break
-                if kept is None:
-                    self.shelf.write((), [session.id])
-                    break
-                self.shelf.write([kept])
+                self.shelf.write(() if kept is None else [kept], [session.id] if kept is None else ())
                 written = kept
 
     def _store(self, ran: list[_Ran]) -> frozenset[str] | None:

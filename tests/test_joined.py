@@ -62,7 +62,8 @@ def server(store: str, chunk: int = 32) -> Iterator[App]:
     """A server without threads: rounds are run by who asks."""
     with tempfile.TemporaryDirectory() as name:
         models.two_layers(Path(name, "models", "two_layers", "1"), hidden=12)
-        app = App(Config(models=Path(name, "models"), workers=1, chunk=chunk, store=store.replace("PLACE", f"{name}/store"), metrics_port=-1))
+        place = store.replace("PLACE", f"{name}/store")
+        app = App(Config(models=Path(name, "models"), workers=1, chunk=chunk, store=place, metrics_port=-1))
         app.catalog.scan(Path(name, "models"))
         yield app
         app.store.close()
@@ -128,24 +129,28 @@ def test_nobody_can_tell(seed: int, sessions: int, turns: int, chunk: int, bad: 
     assert left[0] == left[1]
 
 
+def _counted(app: App, turns: list[int]) -> Callable[[], None]:
+    """What follows a round, that notes the turn which the store has then."""
+    after = app.workers.after_round
+
+    def run() -> None:
+        after()
+        turns.extend(r.kept.turn for r in app.store.scan() if isinstance(r, Record))
+
+    return run
+
+
 def test_one_round_and_one_commit_for_all_that_wait() -> None:
     """One turn runs, 32 come meanwhile: they take one round more and one commit, each a reply of its own; of 33 the last waits."""
     for waiting, rounds in ((32, 2), (33, 3)):
         with server("lmdb:PLACE") as app:
-            wire, commits = Wire(app), 0
-            write = app.store.write
-
-            def counted(*arguments: object, write: Callable[..., frozenset[str]] = write) -> frozenset[str]:
-                nonlocal commits
-                commits += 1
-                return write(*arguments)
-
+            wire, commits = Wire(app), []
             app.shelf.open("two_layers", "", "s")
-            app.store.write = counted  # type: ignore[method-assign]
+            app.workers.after_round = _counted(app, commits)
             x = np.ones((1, 1, WIDTH), np.float32)
             wire.send(*(request("s", n, x) for n in range(1, waiting + 2)))
             assert run(app) == rounds
-            assert commits == rounds
+            assert commits == [1] + [waiting + 1 if waiting == 32 else 33] + [34] * (waiting == 33)
             assert [r.turn for r in wire.replies] == list(range(1, waiting + 2))
 
 

@@ -201,7 +201,7 @@ def test_sessions_move_where_states_agree(moving: Served, library: Path) -> None
 
 
 def test_sessions_stay_where_states_differ(moving: Served, library: Path) -> None:
-    """A new version with another state, or a state of another name, takes over no session; where the old one is unloaded, its
+    """A new version with another state, or with its states in another order, takes over no session; where the old one is unloaded, its
     sessions are told so, and a compatible one that comes later takes them up."""
     calls = Calls(moving)
     a = calls.new()

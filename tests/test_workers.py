@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.catalog import Catalog
+from server import shelf
+from server.catalog import Catalog, Model
 from server.costs import Costs
 from server.errors import InvalidInput, ServeError
 from server.inputs import Sizes
 from server.metrics import Metrics
 from server.rounds import Limits
 from server.sequence import Outputs, Sequence
+from server.shelf import Shelf
+from server.store import MemoryStore
+from server.turns import Asked, Plan, Turns
 from server.workers import Workers
 from tests import models
 
@@ -154,3 +158,36 @@ def test_costs() -> None:
         costs.learn("step", 4, 1, 0.001)
     assert costs.seconds("step", 4, 1) == pytest.approx(0.001, rel=0.01)
     assert [(graph, rows) for graph, rows, _ in costs.table()] == [("step", 7)]
+
+
+def test_no_reply_overtakes(tmp_path: Path) -> None:
+    """A turn that comes while the one before is being told of runs after that was told: however soon a worker is free for it,
+    its reply is no earlier."""
+    models.reader(tmp_path / "reader" / "1")
+    workers = Workers(0)
+    catalog = Catalog(workers, Limits(), Metrics(), 256)
+    catalog.scan(tmp_path)
+    kept = Shelf(catalog, MemoryStore(), shelf.Limits(10, 10, 60.0))
+    turns = Turns(kept, workers)
+    kept.open("reader", "", "s")
+    told: list[int] = []
+
+    def take(number: int) -> None:
+        tokens = np.array([number], np.int64).tobytes()
+
+        def brought(model: Model, rest: str) -> Plan:
+            return Plan(lambda outputs: b"read", inputs=((tokens,), Sizes(1, 1)))
+
+        def hear(reply: bytes | ServeError) -> None:
+            if number == 1:
+                take(2)
+                while workers.step():  # as another worker might, at once
+                    pass
+            told.append(number)
+
+        turns.turn("s", number, bytes([number]), Asked(brought, hear), None)
+
+    take(1)
+    while workers.step():
+        pass
+    assert told == [1, 2]

@@ -90,14 +90,16 @@ class Sessions:
         answer.done(_info(kept, caller))
 
     def turn(self, request: pb.TurnRequest, answer: Answer) -> None:
-        caller = answer.caller
         try:
-            _take(self._turns, request, _InCall(request, answer), caller)
+            _take(self._turns, request, _InCall(request, answer), answer.caller)
         except Conflict:
             if not self._shelf.shared:
                 raise
-            sure: Callable[[pb.TurnRequest, Answer], None] = lambda r, a: _take(self._turns, r, _InCall(r, a), caller, sure=True)  # noqa: E731
-            self._apart(sure)(request, answer)
+            self._apart(self.turn_again)(request, answer)
+
+    def turn_again(self, request: pb.TurnRequest, answer: Answer) -> None:
+        """A turn that conflicts with what is in memory here, where another server may have gone on with its session."""
+        _take(self._turns, request, _InCall(request, answer), answer.caller, sure=True)
 
     def get(self, request: pb.SessionName, answer: Answer) -> None:
         caller = answer.caller

@@ -1,0 +1,64 @@
+"""Nonsense thrown at a running server, for seconds; `make fuzz MINUTES=n` goes on for longer. What is thrown is in fuzz.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests import fuzz
+
+QUICK = settings(
+    max_examples=150,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module", params=["queue", "public"])
+def field(request: pytest.FixtureRequest, library: Path) -> Iterator[fuzz.Field]:
+    with fuzz.field(library, request.param) as field:
+        yield field
+
+
+def test_requests(field: fuzz.Field) -> None:
+    """Whatever is sent to whatever method, the answer is typed, and a neighbour's call and session are what they are alone."""
+    QUICK(given(fuzz.throws)(lambda case: field.throw(*case)))()
+    field.check()
+    assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} <= set(field.codes), "nonsense that never gets anywhere proves little"
+
+
+def test_sockets(field: fuzz.Field) -> None:
+    """Connections that are not gRPC's, or stop midway, harm nobody."""
+    field.sockets()
+    field.check()
+
+
+def test_bundles(field: fuzz.Field, library: Path) -> None:
+    """Broken bundles and ONNX files are refused, or served with typed answers; the models beside them go on."""
+    settings(QUICK, max_examples=40)(given(fuzz.bundles())(lambda case: fuzz.load(field, library, case)))()
+    field.check()
+
+
+def test_nothing_grows(field: fuzz.Field) -> None:
+    """The same nonsense again takes neither memory nor open files that it had not taken before."""
+    again = settings(QUICK, max_examples=60, phases=(Phase.generate,))(given(fuzz.throws)(lambda case: field.throw(*case)))
+    again()
+    field.check()
+    before = field.size()
+    for _ in range(3):
+        again()
+    field.check()
+    after = field.size()
+    assert after[0] <= before[0] + 16, "MiB"
+    assert after[1] <= before[1] + 2, "files"

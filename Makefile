@@ -4,9 +4,12 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
+MINUTES ?= 20
+ENGINE ?= docker
+TARGET ?= server
 RUN ?=
 
-.PHONY: serve demo test check quality precisions series crash bench bench-sessions conformance protos setup setup-dev clean
+.PHONY: serve demo test check audit fuzz quality precisions series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -17,12 +20,20 @@ demo: setup             ## start a server, ask it real questions, stop it
 test: setup-dev         ## all tests
 	$(BIN)/python -m pytest $(RUN)
 
-check: setup-dev        ## format, lint, types, import arrows, generated stubs
+check: setup-dev        ## format, lint, types, import arrows, generated stubs, pinned packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m protos --check
+	$(BIN)/python -m tests.pins
+
+audit: | .venv/bin/python ## known vulnerabilities of every pinned package (needs the network: PyPI's advisories)
+	test -x .venv-audit/bin/pip-audit || ($(BIN)/python -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.9')
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+fuzz: setup-dev         ## nonsense thrown at a running server, MINUTES=n; RUN="--front public"
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(RUN)
 
 quality: setup-dev      ## the shipped bundles on the full test sets: DATA=DIR, RUN=--served over gRPC
 	$(BIN)/python -m tests.figures.quality --data $(DATA) $(RUN)
@@ -45,6 +56,21 @@ bench: setup-dev        ## server, bare onnxruntime and a peer under perf_analyz
 conformance: setup-dev  ## the Open Inference Protocol, case by case; EXAMPLES=DIR runs tritonclient's published examples too
 	$(BIN)/python -m tests.conformance.ours $(if $(EXAMPLES),--examples $(EXAMPLES)) $(RUN)
 
+load: setup-dev         ## two minutes of mixed load by locust against a server of its own: DATA=DIR, RUN=--write into docs/load.md
+	$(BIN)/python -m tests.figures.load --data $(DATA) $(RUN)
+
+soak: setup-dev         ## ill-behaved callers beside well-behaved ones for MINUTES: memory, descriptors, the neighbours' p99
+	$(BIN)/python -m tests.figures.soak --data $(DATA) --minutes $(MINUTES) $(RUN)
+
+overload: setup-dev     ## three times what can be answered: what is kept, how soon the rest is refused, how soon it is over
+	$(BIN)/python -m tests.figures.overload --data $(DATA) $(RUN)
+
+image:                  ## the server's image, seqserve:0.1.0; TARGET=gpu or load, ENGINE=podman, RUN="--build-arg BASE=…"
+	$(ENGINE) build --target $(TARGET) --tag seqserve:0.1.0$(if $(filter-out server,$(TARGET)),-$(TARGET)) $(RUN) .
+
+compose-test: setup-dev ## three replicas in containers, killed and drained under live sessions; RUN="--base IMAGE" or --processes
+	$(BIN)/python -m tests.figures.compose_test $(RUN)
+
 protos: setup-dev       ## write the stubs anew from protos/*.proto
 	$(BIN)/python -m protos
 
@@ -60,8 +86,8 @@ setup-dev: .venv/.dev
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[cpu,redis,train,dev]'
+	$(PIP) --editable '.[cpu,redis,otel,train,loadtest,dev]'
 	touch $@ .venv/.serve
 
 clean:
-	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-audit .venv-bench .mypy_cache .ruff_cache .pytest_cache .hypothesis

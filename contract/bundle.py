@@ -242,6 +242,15 @@ def load(directory: Path | str) -> Bundle:
     """
     directory = Path(directory)
     try:
+        return _load(directory)
+    except (OSError, BundleError):
+        raise
+    except Exception as e:  # a file from outside: whatever nonsense it says, it is the bundle that is refused
+        raise BundleError(str(directory), [f"{FILE} makes no sense ({type(e).__name__}: {e}): export the model again"[:300]]) from e
+
+
+def _load(directory: Path) -> Bundle:
+    try:
         read = json.loads((directory / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(str(directory), [f"no {FILE}: export the model again, it is written last"]) from None

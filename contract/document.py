@@ -43,6 +43,9 @@ def build(kind: type, item: Any, at: str, faults: list[str]) -> Any:
                 faults.append(f"{at}.{key}: each must be a name or a number, got {value!r}")
                 continue
             value = tuple(value)
+        if f.type == "Mapping[str, str]" and not all(isinstance(v, str) for v in value.values()):
+            faults.append(f"{at}.{key}: each must be a text, got {value!r}"[:300])
+            continue
         values[key] = value
     return kind(**values) if len(faults) == before else None
 

@@ -40,9 +40,7 @@ def translate(client: Client, inputs: Inputs, dice: random.Random) -> Iterator[s
     pieces = client.translate_stream(text, target="de")
     first = next(pieces)
     yield "translate: the rest"
-    last = first
-    for last in pieces:
-        pass
+    *_, last = first, *pieces
     _check(last.done is not None, "a translation ends with the whole")
 
 

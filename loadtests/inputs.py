@@ -15,7 +15,26 @@ from pathlib import Path
 MOST = 500  # of each set
 REVIEW_WORDS = 229  # mean of the reviews' test set
 CAPTION_WORDS = 11  # mean of the captions' test set
-_WORDS = "a the of and to in it film story man woman dog plays slow good bad street red long scene ending never always acting".split()
+_WORDS = (
+    "a",
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "it",
+    "film",
+    "story",
+    "man",
+    "woman",
+    "dog",
+    "plays",
+    "slow",
+    "good",
+    "bad",
+    "street",
+    "red",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Locust's entry: users in a closed loop, arrivals in an open one, load over time, thresholds, a summary.
 
-    locust -f loadtests/locustfile.py Mix --host 127.0.0.1:8001 --users 16 --run-time 2m --headless --html load.html
-    locust -f loadtests/locustfile.py Arrivals --rate 5 --shape spikes --users 40 …
+locust -f loadtests/locustfile.py Mix --host 127.0.0.1:8001 --users 16 --run-time 2m --headless --html load.html
+locust -f loadtests/locustfile.py Arrivals --rate 5 --shape spikes --users 40 …
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ IN_FLIGHT = 2_000  # of one arrivals' user: further arrivals count as failed, si
 @events.init_command_line_parser.add_listener
 def _options(parser: Any) -> None:
     group = parser.add_argument_group("seqserve")
-    group.add_argument("--data", default="", help="directory of test sets (imdb, multi30k, ett); none: made-up texts", env_var="SEQSERVE_DATA")
+    group.add_argument(
+        "--data", default="", help="directory of test sets (imdb, multi30k, ett); none: made-up texts", env_var="SEQSERVE_DATA"
+    )
     group.add_argument("--rate", type=float, default=5.0, help="arrivals a second of one user of the open loop")
     group.add_argument("--of", default="mixed", choices=["mixed", *(c.__name__ for c in calls.EVERY)], help="what arrives in the open loop")
     group.add_argument("--pause", type=float, default=0.0, help="mean seconds a user of the closed loop rests between calls")

@@ -35,7 +35,9 @@ def faults(stats: RequestStats, most_failures: float, most_p99_ms: float) -> lis
 
 def markdown(stats: RequestStats, source: str, missed: list[str]) -> str:
     """The run in three tables: by request, over time, by failure."""
-    return "\n".join([*_requests(stats, source), "", *_time(stats.history), "", *_failures(stats), *(f"- missed: {m}" for m in missed)]) + "\n"
+    return (
+        "\n".join([*_requests(stats, source), "", *_time(stats.history), "", *_failures(stats), *(f"- missed: {m}" for m in missed)]) + "\n"
+    )
 
 
 def _requests(stats: RequestStats, source: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ CAPTIONS = (
 )
 PIECES = ("I went in expecting very little; ", "the first hour is dull, ", "but the last is superb, and I loved every minute of it.")
 OTHERWISE = "and the last is worse. A complete waste of an evening."
+POST = "Just met Alicia Keys at the airport in London, on the way to the Empire State Building."
+OPENING = "ROMEO:\nWhat light is this that"
 CHANNELS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")  # a power transformer's loads and oil temperature
 
 
@@ -129,23 +131,27 @@ def _tail(log: Path) -> str:
 
 def show_all(client: Client) -> None:
     """Ask for one of everything; raises Failed or Error at the first step that goes wrong."""
-    models = client.models()
-    if missing := {"classify", "translate", "forecast"} - {m.kind for m in models if m.ready}:
-        raise Failed(f"the server has no model to {', '.join(sorted(missing))}: the demo needs all three")
+    models = [m for m in client.models() if m.ready]
     for model in models:
         print(f"  {model.name} {model.version}: {model.kind}")
-    show_classify(client)
-    show_stream(client)
-    show_beam(client)
-    show_forecast(client)
-    classifier = next(m for m in models if m.ready and m.kind == "classify")
-    show_session(client, classifier)
-    show_tensors(client, classifier)
+    of: dict[str, Model] = {}  # of each kind the first by name, its newest version
+    for model in models:
+        if model.kind not in of or of[model.kind].name == model.name:
+            of[model.kind] = model
+    if not of:
+        raise Failed("the server has no model that is ready")
+    for kind, steps in SHOWN.items():
+        if kind in of:
+            for step in steps:
+                step(client, of[kind])
+    if digits := next((m for m in models if m.name == "digits"), None):
+        show_digits(client, digits)
+    show_tensors(client, of.get("classify", models[0]))
 
 
-def show_classify(client: Client) -> None:
+def show_classify(client: Client, model: Model) -> None:
     began = time.perf_counter()
-    answers = client.classify(list(REVIEWS))
+    answers = client.classify(list(REVIEWS), model.name)
     _title("Classify", f"{len(REVIEWS)} reviews in {_ms(began)}")
     for text, answer in zip(REVIEWS, answers, strict=True):
         if not answer.label or abs(sum(answer.scores.values()) - 1) > 1e-3:
@@ -153,12 +159,12 @@ def show_classify(client: Client) -> None:
         print(f"  {answer.label:8}  {answer.score:6.1%}  {text}")
 
 
-def show_stream(client: Client) -> None:
+def show_stream(client: Client, model: Model) -> None:
     _title("Translate, token by token", CAPTION)
     began = time.perf_counter()
     first, text, whole = "", "", None
     print("  ", end="")
-    for piece in client.translate_stream(CAPTION):
+    for piece in client.translate_stream(CAPTION, model=model.name):
         first = first or _ms(began)
         text += piece.text
         whole = piece.done
@@ -168,20 +174,20 @@ def show_stream(client: Client) -> None:
         raise Failed(f"the pieces are not the translation: {text!r}, {whole}")
 
 
-def show_beam(client: Client) -> None:
+def show_beam(client: Client, model: Model) -> None:
     _title("Translate", "beam 5")
     for caption in CAPTIONS:
         began = time.perf_counter()
-        answer = client.translate(caption, beam=5)
+        answer = client.translate(caption, beam=5, model=model.name)
         if not answer.text:
             raise Failed(f"{caption!r} was translated to nothing")
         print(f"  {caption}\n  → {answer.text}  ({_ms(began)})")
 
 
-def show_forecast(client: Client) -> None:
+def show_forecast(client: Client, model: Model) -> None:
     observed = observations()
     began = time.perf_counter()
-    answer = client.forecast(observed)
+    answer = client.forecast(observed, model=model.name)
     _title("Forecast", f"{len(answer.mean)} hours of {len(answer.channels)} channels in {_ms(began)}")
     if not np.isfinite(answer.mean).all() or not len(answer.mean):
         raise Failed(f"the forecast is not a series of numbers: {answer}")
@@ -204,9 +210,47 @@ def show_session(client: Client, model: Model) -> None:
             raise Failed(f"read in pieces the text is {answer}, whole it is {whole}")
 
 
+def show_tag(client: Client, model: Model) -> None:
+    began = time.perf_counter()
+    answer = client.tag(POST, model.name)
+    _title("Tag", f"{len(answer.spans)} names in {_ms(began)}")
+    print(f"  {show.tagging(answer, colour=False)}")
+    for span in answer.spans:
+        if POST[span.start : span.end] != span.text:
+            raise Failed(f"{span} is not where it is said to be")
+
+
+def show_generate(client: Client, model: Model) -> None:
+    began = time.perf_counter()
+    _title("Generate, symbol by symbol", "seed 1")
+    print("  " + OPENING.replace("\n", "\n  "), end="")
+    text, whole = "", None
+    for piece in client.generate_stream(OPENING, 0.7, seed=1, max_symbols=120, model=model.name):
+        text += piece.text
+        whole = piece.done
+        print(piece.text.replace("\n", "\n  "), end="", flush=True)
+    if whole is None or text != whole.text:
+        raise Failed(f"the pieces are not the text: {text!r}, {whole}")
+    print(f"\n  {len(whole.symbols)} symbols in {_ms(began)}")
+
+
+def show_digits(client: Client, model: Model) -> None:
+    """An image sent as it is drawn, four of its rows a turn; in the end the answer is that of the whole image, to the bit."""
+    image = seven()
+    began = time.perf_counter()
+    with client.session(model.name, model.version) as s:
+        answers = [s.send({"rows": rows[None]})["probabilities"][0] for rows in image.reshape(7, 4, 28)]
+    _title("A digit while it is drawn", f"{len(answers)} turns in {_ms(began)}")
+    for line, chances in zip(show.picture(image > 96), answers, strict=True):
+        print(f"  {line}  {int(chances.argmax())}  {chances.max():6.1%}")
+    if not np.array_equal(client.infer(model.name, {"rows": image[None]})["probabilities"][0], answers[-1]):
+        raise Failed("read row by row the image is another than whole")
+
+
 def show_tensors(client: Client, model: Model) -> None:
     described = client.model_metadata(model.name)
-    inputs = {t.name: example(t.datatype, t.shape) for t in described.inputs}
+    wanted = [t for t in described.inputs if t.name != "TEXT"] or described.inputs  # texts stand in place of the tensors
+    inputs = {t.name: example(t.datatype, t.shape) for t in wanted}
     began = time.perf_counter()
     answer = client.infer(model.name, inputs)
     _title("Plain tensors (Open Inference Protocol)", f"{model.name} in {_ms(began)}, {answer.timing.rounds} rounds")
@@ -215,6 +259,24 @@ def show_tensors(client: Client, model: Model) -> None:
             print(f"  {kind}  {name}  {array.dtype}{list(array.shape)}  {np.array2string(array, precision=3, threshold=16)}")
     if not answer.outputs:
         raise Failed("the model gave no outputs")
+
+
+SHOWN: Mapping[str, tuple[Callable[[Client, Model], None], ...]] = {
+    "classify": (show_classify, show_session),
+    "translate": (show_stream, show_beam),
+    "tag": (show_tag,),
+    "generate": (show_generate,),
+    "forecast": (show_forecast,),
+}
+"""What is asked, by what a model is for."""
+
+
+def seven() -> NDArray[np.uint8]:
+    """A seven as MNIST's lie in their images, grey [28, 28]: a bar, and a stroke that leans."""
+    y, x = np.mgrid[0:28, 0:28]
+    bar = np.abs(y - 6) / 1.8 + np.maximum(0, np.abs(x - 13.5) - 5.5)
+    stroke = np.abs(x - (18.5 - 0.45 * (y - 6))) / 1.8 + np.maximum(0, np.abs(y - 14) - 8)
+    return np.asarray(np.round(255 * np.clip(1.5 - np.minimum(bar, stroke), 0, 1)), np.uint8)
 
 
 def observations(steps: int = 96) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ from seqserve import results
 CELLS = 80  # bars of a sparkline, past and ahead together
 _BARS = "▁▂▃▄▅▆▇█"
 _SHADES = " ░▒▓█"
+_DOTS = np.array([0x01, 0x08, 0x02, 0x10, 0x04, 0x20, 0x40, 0x80])  # of a Braille character, row by row
 _COLOURS = {"person": 36, "location": 32, "group": 35, "corporation": 34, "product": 33, "creative-work": 31}  # ANSI
 
 
@@ -106,6 +107,14 @@ def turn(said: str, answer: results.Answer) -> list[str]:
             return [f"{said}{answer.text}"]
         case _:
             return list(itertools.chain.from_iterable(tensor(name, array) for name, array in answer.items()))
+
+
+def picture(ink: NDArray[np.bool_]) -> list[str]:
+    """A picture in dots, rows × columns, as lines of characters of 4 × 2 dots each; its sides must be multiples of that."""
+    rows, columns = ink.shape
+    cells = ink.reshape(rows // 4, 4, columns // 2, 2).transpose(0, 2, 1, 3).reshape(rows // 4, columns // 2, 8)
+    dots = (cells * _DOTS).sum(-1)  # lines × characters
+    return ["".join(chr(0x2800 + dot) for dot in line) for line in dots.tolist()]
 
 
 def tensor(name: str, array: results.Array) -> list[str]:

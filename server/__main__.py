@@ -12,6 +12,7 @@ from collections.abc import Sequence
 # message. Read by the front's thread itself, a turn costs 64 µs of CPU instead of 93 (two layers of 256, one turn a message).
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
+from server import logs
 from server.app import App
 from server.config import Config
 from server.store import StoreUnusable
@@ -22,7 +23,7 @@ HEARD = (*STOP, signal.SIGHUP)  # the last: read the keys anew
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = Config.parse(argv)
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logs.configure(config.log_level, config.log_format)
     # Waited for, not handled: a Python handler only runs once the main thread runs Python again, and a signal that comes
     # just before it starts to wait would be lost. Blocked before any thread is started, so that none of them takes it.
     signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
 from server import shelf
 from server.catalog import Catalog
 from server.config import Config
+from server.engine import Watch
 from server.keys import Keys
 from server.metrics import Metrics
 from server.rounds import Limits
@@ -30,6 +32,9 @@ from server.shelf import Shelf
 from server.store import open_store
 from server.turns import Turns
 from server.workers import Workers
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +53,9 @@ class App:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.metrics = Metrics()
-        self.workers = Workers(config.workers)
+        self.tracing, self.workers, watch = _traced(config, self.metrics)
         limits = Limits(rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, workers=config.workers)
-        statistics = Statistics(self.metrics)
+        statistics = Statistics(watch)
         self.catalog = Catalog(self.workers, limits, statistics, config.max_request_rows)
         self.store = open_store(config.store, config.durability)
         room = shelf.Limits(config.max_sessions, config.resident_sessions, config.session_ttl)
@@ -75,6 +80,8 @@ class App:
             **(health.reflect(services, desk) if config.reflection else {}),
         }
         options = Options(max_receive_bytes=config.max_message_bytes, streams=config.connection_streams)
+        if self.tracing is not None:
+            methods = self.tracing.methods(methods)
         self.front = choose_front(config.front)(methods, options, self.workers)
         self.metrics.watch_server(self.shelf, config.workers, lambda: self.front.live)
         self.port = 0
@@ -132,7 +139,22 @@ class App:
         if self.keys is not None:
             self.keys.stop()
         self._stop_metrics()
+        if self.tracing is not None:
+            self.tracing.stop()
         log.info("stopped after %.2f s%s", time.monotonic() - began, "" if done else "; some requests were refused")
+
+
+def _traced(config: Config, metrics: Metrics) -> tuple[Tracing | None, Workers, Watch]:
+    """Workers and what engines report to, with traces of both where a collector is named. Raises ValueError without the extra."""
+    if not config.otlp:
+        return None, Workers(config.workers), metrics
+    try:
+        from server import tracing
+    except ImportError as e:
+        raise ValueError(f"--otlp needs OpenTelemetry: pip install 'seqserve[otel]' ({e})") from None
+    traced = tracing.Tracing(tracing.exporting(config.otlp))
+    workers = tracing.TracedWorkers(config.workers)
+    return traced, workers, tracing.TracedWatch(metrics, workers, traced.tracer)
 
 
 def _credentials(config: Config) -> grpc.ServerCredentials | None:

@@ -93,6 +93,14 @@ class Catalog:
 
     def load(self, directory: Path) -> Model:
         """Check, load and warm up the bundle in NAME/VERSION. Raises BundleError with every fault found."""
+        try:
+            return self._load(directory)
+        except BundleError:
+            raise
+        except Exception as e:  # files from outside: what nobody thought of refuses this bundle, neither the server nor its others
+            raise BundleError(str(directory), [f"it can't be loaded ({type(e).__name__}: {e}): export the model again"[:300]]) from e
+
+    def _load(self, directory: Path) -> Model:
         name, version = directory.parent.name, directory.name
         if not version.isdecimal() or int(version) < 1:
             raise BundleError(str(directory), [f"version {version!r} must be a whole number from 1: rename the directory"])
@@ -212,7 +220,8 @@ class Catalog:
 
 
 def _plain(name: str) -> bool:
-    return bool(name) and Path(name).name == name and not name.startswith(".") and not set(name) & set("*?[")
+    fits = 0 < len(name.encode()) <= 255 and name.isprintable()  # or the file system would refuse to look for it
+    return fits and Path(name).name == name and not name.startswith(".") and not set(name) & set("*?[")
 
 
 def _same(model: Model, directory: Path) -> bool:

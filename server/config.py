@@ -51,6 +51,8 @@ class Config:
     reflection: bool = _knob(True, "let callers ask which services and messages there are; health needs no key either way")
     connection_streams: int = _knob(10_000, "calls of one connection at once, further ones wait at the caller; 0 is no limit")
     log_level: str = _knob("info", "debug, info, warning or error")
+    log_format: str = _knob("text", "text for people, or json: an object a line")
+    otlp: str = _knob("", "send traces to this OpenTelemetry collector, such as http://localhost:4317; needs seqserve[otel]")
     access_log: bool = _knob(False, "log a line per call: method, peer, status, times")
 
     def __post_init__(self) -> None:
@@ -73,6 +75,8 @@ class Config:
             faults.append("--front must be auto, queue or public")
         if self.log_level not in ("debug", "info", "warning", "error"):
             faults.append("--log-level must be debug, info, warning or error")
+        if self.log_format not in ("text", "json"):
+            faults.append("--log-format must be text or json")
         if (self.tls_cert is None) != (self.tls_key is None):
             faults.append("--tls-cert and --tls-key go together")
         if self.tls_client_ca is not None and self.tls_cert is None:

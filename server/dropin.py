@@ -58,8 +58,9 @@ def as_bundle(name: str, file: Path, proposal: Proposal) -> Bundle:
     return Bundle(name, {GRAPH: proposal.graph}, GRAPH, resources={f"weights{at or ''}": found for at, found in enumerate(beside)})
 
 
-def understand(file: Path) -> Proposal:
-    """The proposal for a file, corrected by running it. Raises BundleError where onnxruntime can't load it."""
+def understand(file: Path, window: int = 0) -> Proposal:
+    """The proposal for a file, corrected by running it; `window` is the size of its windows, if its owner knows it. Raises
+    BundleError where onnxruntime can't load it."""
     onnx = OnnxFile(file)
     first = propose(file.name, onnx.inputs, onnx.outputs)
     trials = [first]
@@ -69,7 +70,7 @@ def understand(file: Path) -> Proposal:
     for trial in trials:
         if any(t.dtype not in contract.DTYPES for t in trial.graph.inputs) or not trial.graph.inputs:
             return trial
-        for graph, note in _variants(trial.graph):
+        for graph, note in _variants(trial.graph, window):
             try:
                 seen = _forms(onnx, graph)
                 settled, remarks = _settled(onnx, replace(graph, outputs=tuple(seen.outputs)))
@@ -78,19 +79,27 @@ def understand(file: Path) -> Proposal:
                 continue
             faults = [f for f in trial.faults if not f.startswith("output ")] + seen.faults
             guesses = [r for r in trial.remarks if not r.startswith("output ")]  # what runs have shown is no guess any more
+            if note and not window:
+                others = [str(size) for size in _others(settled) if _runs(onnx, graph, settled, size)]
+                if others:
+                    remarks = [
+                        *remarks,
+                        f"it runs with windows of {', '.join(others)} as well: `seqserve inspect --window N` where yours are",
+                    ]
             valid = contract.validate(Bundle(GRAPH, {GRAPH: settled}, GRAPH))
             faults += [f for f in (v.removeprefix(f"graph '{GRAPH}': ") for v in valid) if f not in faults]
             return Proposal(settled, (*guesses, *note, *seen.remarks, *remarks), tuple(faults))
     return replace(first, faults=(*first.faults, f"it does not run as proposed: {why}"))
 
 
-def _variants(graph: Graph) -> Iterator[tuple[Graph, tuple[str, ...]]]:
+def _variants(graph: Graph, window: int) -> Iterator[tuple[Graph, tuple[str, ...]]]:
     """The graph; and as it would be if its time axis took windows of one size only."""
-    yield graph, ()
+    if not window:
+        yield graph, ()
     timed = [t for t in graph.data if TIME in t.axes]
     if not graph.states or len(timed) != 1:
         return
-    for size in WINDOWS:
+    for size in (window,) if window else WINDOWS:
 
         def fixed(t: Tensor, size: int = size) -> Tensor:
             if _RATE.fullmatch(t.name) and t.batch_axis is None:
@@ -98,9 +107,35 @@ def _variants(graph: Graph) -> Iterator[tuple[Graph, tuple[str, ...]]]:
             return replace(t, axes=tuple(size if a == TIME else a for a in t.axes))
 
         note = f"input {timed[0].name!r} runs with {size} at once and not with a few: a turn is one window of exactly {size}"
+        if window:
+            note = f"input {timed[0].name!r}: a turn is one window of exactly {size}, as you say"
         rate = [f"{t.name!r} is held to {_USUAL_RATE}" for t in graph.data if _RATE.fullmatch(t.name) and t.batch_axis is None]
         inputs = tuple(fixed(t) for t in graph.inputs)
         yield replace(graph, inputs=inputs, max_time=1, cut=False), (note, *rate)
+
+
+def _window(graph: Graph) -> tuple[Tensor, int] | None:
+    """The input that takes windows, and their size: the longest fixed axis after the rows."""
+    sized = [(t, a) for t in graph.data for a in t.axes if isinstance(a, int) and a in WINDOWS]
+    return max(sized, key=lambda pair: pair[1]) if sized else None
+
+
+def _others(graph: Graph) -> tuple[int, ...]:
+    """Sizes near the one that was found by trying: with some samples of the window before in front, as voice models have it."""
+    found = _window(graph)
+    return () if found is None else tuple(found[1] + found[1] // part for part in (16, 8, 4))
+
+
+def _runs(onnx: OnnxFile, graph: Graph, settled: Graph, size: int) -> bool:
+    found = _window(settled)
+    assert found is not None
+    old = found[1]
+    inputs = tuple(replace(t, axes=tuple(size if a == old else a for a in t.axes)) if t.name == found[0].name else t for t in graph.inputs)
+    try:
+        _forms(onnx, replace(graph, inputs=inputs))
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ EPILOG = """
 examples:
   seqserve inspect model.onnx                              how it would be served, and what is in doubt
   seqserve inspect model.onnx --json > bundle.json         to be edited and put beside it
+  seqserve inspect voice.onnx --window 576 --json          a turn is one window of 576 samples
 
 A file in MODELS/NAME/1/ is served as shown here; a bundle.json beside it wins.
 """
@@ -29,12 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.add_argument("file", type=Path, help="an ONNX file")
     words.add_argument("--json", action="store_true", help="print a bundle.json")
     words.add_argument("--name", help="the model's name in bundle.json (default: the directory's or the file's)")
+    words.add_argument(
+        "--window", type=int, default=0, metavar="N", help="samples or frames of one turn, where a model takes fixed windows"
+    )
     asked = words.parse_args(argv)
+    if asked.window < 0:
+        words.error("--window: a number from 1")
     if not asked.file.is_file():
         print(f"seqserve inspect: no file {str(asked.file)!r}", file=sys.stderr)
         return 2
     try:
-        proposal = dropin.understand(asked.file)
+        proposal = dropin.understand(asked.file, asked.window)
     except BundleError as e:
         print(f"seqserve inspect: {e}", file=sys.stderr)
         return 1

@@ -47,13 +47,13 @@ class Tenant:
 
     @property
     def calls(self) -> int:
-        """Calls and streams under way."""
+        """Calls and streams under way, of those that are limited."""
         return self._calls + self._streams
 
     def spend(self) -> None:
         """One request of the tenant's rate. Raises Overloaded with the time until there is one."""
         rate = self.quota.rate
-        if not rate:
+        if not rate:  # as below: a tenant without a limit takes no lock
             return
         with self._lock:
             now = self._clock()
@@ -65,16 +65,18 @@ class Tenant:
             wait = (1 - self._tokens) / rate
         raise self._refusal("RATE", f"{rate:g} requests a second", wait, rate)
 
-    def enter(self, stream: bool) -> Callable[[], None]:
-        """A call or stream begins; gives what to call once at its end. Raises Overloaded."""
+    def enter(self, stream: bool) -> Callable[[], None] | None:
+        """A call or stream begins; gives what to call once at its end, or None where they aren't counted. Raises Overloaded."""
+        most = self.quota.streams if stream else self.quota.calls
+        if not most:
+            return None
         with self._lock:
-            now, most = (self._streams, self.quota.streams) if stream else (self._calls, self.quota.calls)
-            if not most or now < most:
-                if stream:
-                    self._streams += 1
-                else:
-                    self._calls += 1
-                return self._stream_left if stream else self._call_left
+            if stream and self._streams < most:
+                self._streams += 1
+                return self._stream_left
+            if not stream and self._calls < most:
+                self._calls += 1
+                return self._call_left
         raise self._refusal("STREAMS" if stream else "CALLS", f"{most} {'streams' if stream else 'calls'} at once", BUSY_S, most)
 
     def _call_left(self) -> None:

@@ -73,16 +73,44 @@ class Unreadable(ValueError):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
+class Packed:
+    """The states of all rows of a bank as their records have them, made at once: a round's sessions share one."""
+
+    __slots__ = ("_size", "_values", "count")
+
+    def __init__(self, axes: Sequence[int], bank: Sequence[Array]) -> None:
+        """`axes` says where rows lie in each array. Raises ValueError for a dtype that no contract has."""
+        rows = bank[0].shape[axes[0]] if bank else 0
+        abouts = [_about(a.dtype, (*a.shape[:axis], 1, *a.shape[axis + 1 :])) for axis, a in zip(axes, bank, strict=True)]
+        self.count = len(bank)
+        self._size = sum(map(len, abouts)) + sum(a.nbytes for a in bank) // max(1, rows)
+        whole = np.empty((rows, self._size), np.uint8)
+        at = 0
+        for axis, array, about in zip(axes, bank, abouts, strict=True):
+            whole[:, at : at + len(about)] = np.frombuffer(about, np.uint8)
+            at += len(about)
+            values = np.ascontiguousarray(np.moveaxis(array, axis, 0)).reshape(rows, -1).view(np.uint8)  # [rows, bytes]
+            whole[:, at : at + values.shape[1]] = values
+            at += values.shape[1]
+        self._values = whole.reshape(-1).data
+
+    def row(self, place: int) -> memoryview:
+        """One row's states, each with its dtype and shape before its values."""
+        return self._values[place * self._size : (place + 1) * self._size]
+
+
+@dataclass(slots=True)
 class Record:
-    """A session as it survives. Of `kept` everything but its `state`, which is here as arrays: one for each state of the
-    graph, in the contract's order, or None where it has read nothing. `expires` is in seconds of the wall clock (epoch), for
-    a record outlives the process whose monotonic clock set it; `rest` is input not yet read (half a word)."""
+    """A session as it survives; never changed once made, and not frozen, as Kept. Of `kept` everything but its `state`, which is
+    here as arrays: one for each state of the graph, in the contract's order, or None where it has read nothing. `expires` is in
+    seconds of the wall clock (epoch), for a record outlives the process whose monotonic clock set it; `rest` is input not yet
+    read (half a word)."""
 
     kept: Kept
     expires: float
     arrays: tuple[Array, ...] | None = None
     rest: str = ""
+    packed: tuple[int, memoryview] | None = None  # in place of arrays, only to be encoded: how many states, and Packed.row
 
 
 class Page(NamedTuple):
@@ -130,18 +158,21 @@ def encode(record: Record, pages: tuple[Page, ...] = ()) -> Written:
         added = ((page.first, value),)
         replies = ()
     id = kept.id.encode()
-    model, version, fingerprint = _names(kept.model, kept.version, kept.fingerprint)
+    names, model, version, fingerprint = _names(kept.model, kept.version, kept.fingerprint)
     rest = record.rest.encode()
-    arrays = record.arrays
+    arrays, packed = record.arrays, record.packed
+    count = packed[0] if packed is not None else _FRESH if arrays is None else len(arrays)
     try:
-        parts = [
+        parts: list[bytes | memoryview] = [
             _FIELDS.pack(
-                kept.ttl, record.expires, kept.turn, acknowledged, len(id), len(model), len(version), len(fingerprint), len(rest),
-                _FRESH if arrays is None else len(arrays), len(pages), len(replies),
+                kept.ttl, record.expires, kept.turn, acknowledged, len(id), model, version, fingerprint, len(rest), count, len(pages),
+                len(replies),
             ),
-            id, model, version, fingerprint, rest,
+            id, names, rest,
         ]  # fmt: skip
-        if arrays:
+        if packed is not None:
+            parts.append(packed[1])
+        elif arrays:
             for array in arrays:
                 parts += (_about(array.dtype, array.shape), array.tobytes())
         for page in pages:
@@ -194,7 +225,7 @@ def fits(record: Record, graph: Graph) -> str | None:
     return None
 
 
-def _sealed(kind: int, parts: Sequence[bytes]) -> tuple[bytes, int]:
+def _sealed(kind: int, parts: Sequence[bytes | memoryview]) -> tuple[bytes, int]:
     """A header before the parts; and its crc32."""
     body = b"".join(parts)
     size = len(body)
@@ -249,7 +280,7 @@ def _session(body: memoryview) -> tuple[Record, tuple[Page, ...], list[Answered]
 def _page(id: str, replies: Sequence[Answered]) -> tuple[Page, bytes]:
     name = id.encode()
     first = replies[0].turn
-    parts = [_PAGE_FIELDS.pack(len(name), len(replies), first), name]
+    parts: list[bytes | memoryview] = [_PAGE_FIELDS.pack(len(name), len(replies), first), name]
     _append(parts, replies)
     value, crc = _sealed(_PAGE, parts)
     return Page(first, replies[-1].turn, crc), value
@@ -275,7 +306,7 @@ def _bytes(replies: Sequence[Answered]) -> int:
     return len(replies[0].reply) if len(replies) == 1 else sum([len(a.reply) for a in replies])
 
 
-def _append(parts: list[bytes], replies: Sequence[Answered]) -> None:
+def _append(parts: list[bytes | memoryview], replies: Sequence[Answered]) -> None:
     for answered in replies:
         parts += (_REPLY.pack(len(answered.digest), len(answered.reply)), answered.digest, answered.reply)
 
@@ -293,8 +324,10 @@ def _read(body: memoryview, at: int, count: int, turn: int) -> tuple[list[Answer
 
 
 @lru_cache(maxsize=1024)
-def _names(model: str, version: str, fingerprint: str) -> tuple[bytes, bytes, bytes]:
-    return model.encode(), version.encode(), fingerprint.encode()
+def _names(model: str, version: str, fingerprint: str) -> tuple[bytes, int, int, int]:
+    """The three, end to end, and their lengths."""
+    names = model.encode(), version.encode(), fingerprint.encode()
+    return b"".join(names), len(names[0]), len(names[1]), len(names[2])
 
 
 @lru_cache(maxsize=1024)

@@ -28,7 +28,11 @@ WINDOW = 1024  # unacknowledged turns a session may have: what a client may lose
 REMEMBERED = 10_000  # sessions that ended, of which it is still known why
 
 
-@dataclass(frozen=True, slots=True)
+# The next two are never changed once made. They are not frozen, which would make them three times as dear, and they are made for
+# each turn.
+
+
+@dataclass(slots=True)
 class Answered:
     """A turn that was applied: what it brought, by digest, and what it was told."""
 
@@ -37,7 +41,7 @@ class Answered:
     reply: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Kept:
     """All that there is to a session between turns: what is stored, forked, exported."""
 
@@ -207,6 +211,10 @@ class Sessions:
 
     def applied(self, session: Session, replies: Sequence[bytes], state: Any) -> Kept:
         """What the session is to be once the first turns in line, one per reply, are applied: to be stored first."""
+        first = session.line[0]
+        if len(replies) == 1 and first.digest:  # nearly always
+            answer = Answered(first.turn, first.digest, replies[0])
+            return self._about(session, first.turn, session.acknowledged, state, (*session.replies, answer))
         answered = [Answered(p.turn, p.digest, reply) for p, reply in zip(session.line, replies, strict=False)]
         last = session.turn + len(answered)
         for place in range(len(answered) - 1, -1, -1):
@@ -252,7 +260,8 @@ class Sessions:
         return dropped
 
     def close(self, id: str, why: str = "closed") -> Session:
-        """End a session; its turns under way are the caller's to abort. `why`: closed, expired, evicted, moved or unloaded."""
+        """End a session; its turns under way are the caller's to abort. `why`: closed, expired, evicted, moved (exported), taken (up
+        by another server that has the same store) or unloaded."""
         session = self.find(id)
         del self._live[id]
         self._end(id, why, session.turn)
@@ -306,9 +315,11 @@ class Sessions:
             heapq.heappush(self._deadlines, (session.expires, next(self._tie), id))
 
     def lose(self, id: str) -> None:
-        """A session that was put away is not in the store any more."""
+        """A session that was put away, or went on elsewhere, is not in the store any more."""
         if id in self._away:
             self._end(id, "evicted", self._away.pop(id)[1])
+        elif id in self._ended and self._ended[id][0] == "taken":
+            self._ended[id] = ("closed", self._ended[id][1])
 
     def away(self, id: str) -> bool:
         """Whether a session is stored only: it is to be opened again, as it was kept, before it is used."""
@@ -341,6 +352,7 @@ class Sessions:
 
 _HOW = {
     "closed": "was closed", "expired": "expired", "evicted": "was evicted", "moved": "moved to another server",
+    "taken": "went on at another server",
     "unloaded": "ended with its model",
 }  # fmt: skip
 

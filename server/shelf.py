@@ -22,10 +22,10 @@ from server.catalog import Catalog, Model
 from server.engine import Clock
 from server.errands import Errands
 from server.errors import Conflict, Draining, Gone, InvalidInput, NotFound, ServeError, listed
-from server.records import Record, Unreadable, decode, encode, fits
+from server.records import Packed, Record, Unreadable, decode, encode, fits
 from server.sessions import Kept, Session, Sessions
 from server.states import Rows
-from server.store import Durability, MemoryStore, Refusal, Store
+from server.store import Durability, MemoryStore, Refusal, Store, StoreFailed
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,21 @@ class Shelf:
         if self._store.durability is Durability.NONE and not always:
             return frozenset()
         wall = self._wall()
-        return self._store.write([_record(kept, wall + kept.ttl) for kept in every], removed)
+        banks: dict[int, Packed] = {}  # by bank: a round's sessions have their states in one
+        records = []
+        every = list(every)
+        few = len(every) < 3 or not self.keeps  # than the other rows of a bank would cost
+        for kept in every:
+            memory: Memory = kept.state
+            rows = memory.rows
+            if few or rows is None or rows.whole:
+                records.append(_record(kept, wall + kept.ttl))
+                continue
+            packed = banks.get(id(rows.bank))
+            if packed is None:
+                packed = banks[id(rows.bank)] = Packed(rows.axes, rows.bank)
+            records.append(Record(kept, wall + kept.ttl, None, memory.rest, (packed.count, packed.row(rows.start))))
+        return self._store.write(records, removed)
 
     def _take_up(self, record: Record) -> None:
         """A session that survived goes on, if the model that made its state is here. Raises Gone, Conflict or Overloaded."""
@@ -308,8 +322,8 @@ class Shelf:
         return about
 
     def _let_go(self, id: str) -> None:
-        """What another server has taken up since is not this one's any more. Raises Conflict while a turn of it runs here: it will
-        not be stored, but must be over before the session may come back, or the store would take it for this server's own."""
+        """What another server has taken up since is not this one's any more. Raises StoreFailed while a turn of it runs here: it
+        will not be stored, but must be over before the session may come back, or the store would take it for this server's own."""
         if self.sessions.live(id) is None or self._store.mine(id):
             return
         with self.changed:
@@ -317,9 +331,8 @@ class Shelf:
             if session is None:
                 return
             if session.line:
-                message = f"session {id!r} moved to another server while a turn of it runs here; send it again"
-                raise Conflict("BUSY", message, retry_after=0.05, session=id, turn=session.turn)
-            self.sessions.close(id, "moved")
+                raise taken(session)
+            self.sessions.close(id, "taken")
 
     def _find(self, id: str) -> None:
         """See that a session is in memory, if it is anywhere. Raises Gone, where what is stored can't be taken up."""
@@ -368,6 +381,12 @@ class Shelf:
             self.write((), late)
         except ServeError as e:
             log.warning("expired sessions stay in the store: %s", e.message)  # they are refused by their deadline all the same
+
+
+def taken(session: Session) -> StoreFailed:
+    """What to tell of turns that were under way when another server took their session up: nothing came of them here."""
+    message = f"session {session.id!r} goes on at another server; send the turn again"
+    return StoreFailed("SESSION_TAKEN", message, retry_after=0.05, session=session.id, turn=session.turn)
 
 
 def _record(kept: Kept, expires: float) -> Record:

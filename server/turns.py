@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listed
+from contextlib import suppress
 
 from server.catalog import Model
 from server.engine import Clock
@@ -24,7 +25,7 @@ from server.inputs import Sizes
 from server.joined import join, joinable, part
 from server.sequence import Inputs, Packed, Sequence, Views
 from server.sessions import Begun, Kept, Pending, Session
-from server.shelf import Memory, Shelf
+from server.shelf import Memory, Shelf, taken
 from server.states import Rows
 from server.workers import Workers
 
@@ -229,7 +230,7 @@ class Turns:
         with self._changed:
             session = self._sessions.close(id, why)
             dropped = self._sessions.abort(session)
-            told = self._sessions.ended(id)
+            told: ServeError = taken(session) if why == "taken" else self._sessions.ended(id)
         if dropped:
             dropped[0].work.cancel()
             self._tell(dropped, told)
@@ -353,7 +354,8 @@ class Turns:
         for session in following:
             self._run(session)
         for id in moved:
-            self._end(id, "moved")
+            with suppress(ServeError):  # closed meanwhile
+                self._end(id, "taken")
         if closed and self.shelf.keeps:
             self._stay_closed(closed)
         self.shelf.put_away()
@@ -362,7 +364,7 @@ class Turns:
         """Sessions that were closed while this round was stored must not come back from the store; nor may one that was opened
         anew under such an id be lost, or be what the old one was."""
         for session in closed:
-            written: Kept | None | Session = session  # nothing yet
+            written: Kept | Session | None = session  # nothing yet
             while True:  # whatever changed while it was written is written again
                 with self._changed:
                     now = self._sessions.live(session.id)

@@ -90,7 +90,7 @@ def targets() -> dict[str, Target]:
     generate = tasks_pb.GenerateRequest(text="abc", max_symbols=5, seed=1, model=named)
     turns.append(sessions_pb2.TurnRequest(session=SESSION, turn=1, text="A film"))
     turns.append(sessions_pb2.TurnRequest(session=SESSION, turn=1, generate=tasks_pb.GenerateRequest(text="a", max_symbols=3)))
-    series = tasks_pb.Series(steps=2, values=[0.1] * 14)
+    series = tasks_pb.Series(channels=7, values=[0.1] * 7 * 48)
     valid: dict[str, tuple[Message, ...]] = {
         "ModelInfer": (reader, stepped, text),
         "ModelStreamInfer": (reader, stepped, text),
@@ -137,7 +137,6 @@ _SCALARS: dict[int, st.SearchStrategy[Any]] = {
     FieldDescriptor.CPPTYPE_DOUBLE: st.sampled_from(FLOATS),
     FieldDescriptor.CPPTYPE_FLOAT: st.sampled_from([f for f in FLOATS if abs(f) != 1e308]),
     FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
-    FieldDescriptor.CPPTYPE_ENUM: st.integers(0, 20),
 }
 _TEXTS = st.sampled_from(WORDS) | st.text(max_size=8)
 _BYTES = st.binary(max_size=40) | st.integers(0, 40).map(bytes) | st.sampled_from([struct.pack("<I", 1 << 31), struct.pack("<q", -1) * 3])
@@ -148,6 +147,9 @@ def _value(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
         return messages(field.message_type, depth - 1)
     if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
         return _TEXTS if field.type == FieldDescriptor.TYPE_STRING else _BYTES
+    if field.enum_type is not None:
+        known = [v.number for v in field.enum_type.values]
+        return st.sampled_from(known if field.enum_type.is_closed else [*known, -1, 99])
     return _SCALARS[field.cpp_type]
 
 
@@ -376,6 +378,13 @@ class Field:
                 assert _tensors_of(neighbour.result()) == self.expected
             self.thrown += 1
 
+    def too_large(self) -> None:
+        """Messages over the limit, of calls and of streams: refused, and not read."""
+        for name in ("/inference.GRPCInferenceService/ModelInfer", "/seqserve.v1.Sessions/Turns", "/seqserve.v1.Tasks/Classify"):
+            before = self.codes.get("RESOURCE_EXHAUSTED", 0)
+            self.throw(name, [bytes(MOST + 1)])
+            assert self.codes.get("RESOURCE_EXHAUSTED", 0) == before + 1, name
+
     def _close(self) -> None:
         """End every session that the nonsense has opened."""
         for session in self.calls.list(sessions_pb2.ListRequest()).sessions:
@@ -519,6 +528,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed(n)(calm(given(throws)(lambda case: f.throw(*case))))()
             seed(n)(settings(calm, max_examples=40)(given(bundles())(lambda case: load(f, Path(root), case))))()
             f.sockets()
+            f.too_large()
             f.check()
             sizes.append(f.size())
             print(f"{f.thrown} thrown, {sizes[-1][0]} MiB, {sizes[-1][1]} files, {f.codes}", flush=True)

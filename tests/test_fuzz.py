@@ -41,6 +41,7 @@ def test_requests(field: fuzz.Field) -> None:
 def test_sockets(field: fuzz.Field) -> None:
     """Connections that are not gRPC's, or stop midway, harm nobody."""
     field.sockets()
+    field.too_large()
     field.check()
 
 

@@ -144,7 +144,8 @@ def test_one_round_and_one_commit_for_all_that_wait() -> None:
     """One turn runs, 32 come meanwhile: they take one round more and one commit, each a reply of its own; of 33 the last waits."""
     for waiting, rounds in ((32, 2), (33, 3)):
         with server("lmdb:PLACE") as app:
-            wire, commits = Wire(app), []
+            wire = Wire(app)
+            commits: list[int] = []
             app.shelf.open("two_layers", "", "s")
             app.workers.after_round = _counted(app, commits)
             x = np.ones((1, 1, WIDTH), np.float32)

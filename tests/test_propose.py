@@ -155,6 +155,16 @@ def test_a_model_that_reads_windows(tmp_path: Path) -> None:
     assert any("a turn is one window of exactly 256" in remark for remark in seen.remarks)
 
 
+def test_a_window_that_is_known(tmp_path: Path) -> None:
+    """Whoever knows the size of the windows says it; a size that does not run is a fault, not a guess."""
+    bare.window(tmp_path / "window.onnx", 300)
+    assert dropin.understand(tmp_path / "window.onnx").faults  # no size that is usual
+    seen = dropin.understand(tmp_path / "window.onnx", 300)
+    assert (seen.faults, seen.graph.inputs[0].axes) == ((), ("batch", 300))
+    assert any("one window of exactly 300, as you say" in remark for remark in seen.remarks)
+    assert dropin.understand(tmp_path / "window.onnx", 301).faults
+
+
 def test_axes_without_names_are_tried_both_ways(tmp_path: Path) -> None:
     """Where a file names no axis, runs tell whether rows or steps lie first."""
     bare.nameless(tmp_path / "nameless.onnx")

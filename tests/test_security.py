@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import queue
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 
 import seqserve
 from protos import inference_pb2 as pb
@@ -26,7 +30,9 @@ from seqserve import access
 from server import keys as keys_room
 from server.errors import Overloaded, ServeError, Unauthenticated
 from server.keys import Keys
+from server.metrics import Metrics
 from server.quotas import Quota, Tenant
+from server.rpc.answer import Desk
 from tests import models
 from tests.process import ROOT, Served, reason, serve
 from tests.test_server import tokens_request
@@ -49,6 +55,16 @@ FILE = "\n".join(
         entry("ann", "acme"), entry("bob", "bolt"), entry("boss", "acme", "operator"), entry("small", "small"), entry("slow", "slow"),
     ]
 )  # fmt: skip
+
+
+def _guessed() -> Keys:
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(FILE)
+        file.flush()
+        return Keys(Path(file.name), 0)
+
+
+GUESSED = _guessed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +230,6 @@ class _Asked:
     """Requests of a stream, as they are put."""
 
     def __init__(self) -> None:
-        import queue
-
         self._queue: Any = queue.Queue()
 
     def put(self, request: Any) -> None:
@@ -423,12 +437,12 @@ def test_places_of_calls() -> None:
     """So many calls at once and no more; each that ends makes room for one."""
     tenant = Tenant("t", Quota(calls=2))
     leave = [tenant.enter(False) for _ in range(2)]
-    tenant.enter(True)
+    assert tenant.enter(True) is None, "streams are not limited, so not counted"
     with pytest.raises(Overloaded, match="2 calls at once"):
         tenant.enter(False)
     leave.pop()()
     leave.append(tenant.enter(False))
-    assert tenant.calls == 3
+    assert tenant.calls == 2
 
 
 def test_sessions_are_counted_again() -> None:
@@ -456,6 +470,23 @@ def test_sessions_are_counted_again() -> None:
     live = 1
     tenant.open(living)
     assert counted == 3
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["authorization", "x-api-key", "authorization-bin", "cookie"]),
+            st.text()
+            | st.binary()
+            | st.sampled_from(list(KEYS.values())).flatmap(lambda k: st.sampled_from([k[:-1], k + "x", k.upper(), "Bearer"])),
+        )
+    )
+)
+def test_no_guess_lets_in(shown: list[tuple[str, str | bytes]]) -> None:
+    """Whatever is shown that is no key, the answer is one and the same error, and nothing is remembered of it."""
+    with pytest.raises(Unauthenticated):
+        GUESSED.who(shown)
+    assert not GUESSED._known
 
 
 # ---- The file ----
@@ -664,8 +695,5 @@ def test_every_refusal_has_a_status() -> None:
 
 def test_a_keyless_server_has_no_gate(library: Path) -> None:
     """Without --keys a method is started by the same code as before there were any."""
-    from server.metrics import Metrics
-    from server.rpc.answer import Desk
-
     started = Desk(Metrics(), False).unary(tasks_pb.ModelsRequest, lambda r, a: None).start
     assert "start_known" not in started.__qualname__

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
+from server import logs
 from server.errors import InvalidInput, ModelFailed, ServeError
 from server.metrics import Metrics
 from server.rpc.front import Call, Metadata, Method, Receiver, server_stream, stream, unary
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from server.quotas import Caller
 
 log = logging.getLogger(__name__)
-access = logging.getLogger("seqserve.access")
 
 DOMAIN = "seqserve"
 M = TypeVar("M", bound=Message)
@@ -40,7 +40,9 @@ class Cancel(Protocol):
 class Answer:
     """The one answer to a call, whatever it turns out to be."""
 
-    __slots__ = ("_desk", "_ended", "_method", "_since", "call")
+    __slots__ = ("_desk", "_ended", "_method", "_since", "about", "call")
+
+    about: Message  # the request; set only where calls are logged
 
     caller: Caller | None = None
     """Whose key came with the call; None where this server asks for none."""
@@ -98,7 +100,7 @@ class Answer:
         seconds = time.monotonic() - self._since
         self._desk.metrics.call(self._method, code, seconds)
         if self._desk.access_log:
-            access.info("%s %s %s %.1f ms", self._method, self.call.peer, code, seconds * 1e3)
+            logs.ended(self._method, self.call, self.caller, getattr(self, "about", None), code, seconds)
 
 
 class Asked(Protocol):
@@ -190,6 +192,8 @@ class Desk:
                         message = request.FromString(data)
                     except DecodeError:
                         raise malformed(request) from None
+                    if self.access_log:
+                        answer.about = message
                     handle(message, answer)
                 except Exception as e:
                     answer.fail(e)
@@ -203,6 +207,8 @@ class Desk:
                     message = request.FromString(data)
                 except DecodeError:
                     raise malformed(request) from None
+                if self.access_log:
+                    answer.about = message
                 handle(message, answer)
             except Exception as e:  # one caller's fault must not reach another's call
                 answer.fail(e)

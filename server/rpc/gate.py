@@ -32,7 +32,7 @@ class Gate:
         caller = self._keys.who(call.metadata)
         if operator and not caller.operator:
             raise Denied("OPERATORS_ONLY", f"{call.method} is for operators; this key is a user's", tenant=caller.tenant.name)
-        caller.spend()
+        caller.tenant.spend()
         return _Known(desk, call, call.method, caller, caller.tenant.enter(stream))
 
 
@@ -41,20 +41,21 @@ class _Known(Answer):
 
     __slots__ = ("_leave", "caller")
 
-    def __init__(self, desk: Desk, call: Call, method: str, caller: Caller, leave: Callable[[], None]) -> None:
+    def __init__(self, desk: Desk, call: Call, method: str, caller: Caller, leave: Callable[[], None] | None) -> None:
         super().__init__(desk, call, method)
         self.caller = caller
-        self._leave = [leave]
+        self._leave = None if leave is None else [leave]
 
     def fail(self, error: Exception) -> None:
         super().fail(told(self.caller, error) if isinstance(error, ServeError) else error)
 
     def _end(self, code: str) -> None:
-        try:
-            leave = self._leave.pop()  # one of two threads gets it: a reply and the caller's leaving may meet
-        except IndexError:
-            return
-        leave()
+        if self._leave is not None:
+            try:
+                leave = self._leave.pop()  # one of two threads gets it: a reply and the caller's leaving may meet
+            except IndexError:
+                return
+            leave()
         super()._end(code)
 
 

@@ -1,7 +1,7 @@
 """What a fleet costs its callers when replicas are killed and drained: `make compose-test`.
 
 Builds the images and starts the `fleet` stack of docker-compose.yml; then, for a minute, live sessions read texts piece by piece
-through the balancer while one replica is killed with SIGKILL and comes back, and another is drained with SIGTERM and comes back.
+through the balancer while one replica is killed with SIGKILL, another drained with SIGTERM, then the first drained too; each comes back.
 Every session's last answer is compared with the same text classified at once: equal scores mean that no turn was lost, doubled or
 misplaced. Prints requests, failures that reached callers after their client's own retries, turns lost and doubled, sessions that
 changed their replica, and latencies before, during and after. Fails unless all four are 0 and sessions did move.
@@ -25,9 +25,10 @@ from tests.figures.crash import WORDS
 from tests.figures.fleets import Containers, Fleet, Processes
 
 TURNS = (20, 200)  # of one session: some outlive both disturbances, some begin amid them
-PHASES = {"before": (0.05, 0.25), "killed": (0.25, 0.45), "drained": (0.55, 0.75), "after": (0.85, 1.0)}
-"""When, as parts of the whole time: measured in between is what neither is quiet nor disturbed."""
-BACK = {"killed": 0.40, "drained": 0.70}
+PHASES = {"before": (0.05, 0.20), "killed": (0.20, 0.38), "drained": (0.42, 0.58), "again": (0.62, 0.78), "after": (0.86, 1.0)}
+"""When, as parts of the whole time: what is in between is neither quiet nor disturbed."""
+REST = 0.12  # a part of the whole time: how long a replica stays away
+LOOK = 4.0  # seconds between looks at the store: a command in a container costs tenths of a second of CPU
 
 
 @dataclass(slots=True)
@@ -99,23 +100,23 @@ class Moves:
 
 
 def disturb(fleet: Fleet, began: float, seconds: float, moves: Moves) -> None:
-    """Kill the first replica and drain the second, each when its phase begins; both come back."""
-    plan = [
-        (PHASES["killed"][0], "kill", lambda: fleet.kill(0)),
-        (BACK["killed"], "back", lambda: fleet.back(0)),
-        (PHASES["drained"][0], "drain", lambda: fleet.drain(1)),
-        (BACK["drained"], "back", lambda: fleet.back(1)),
-    ]
-    for part, what, act in plan:
-        _look_until(began + part * seconds, moves)
-        act()
-        print(f"{time.monotonic() - began:5.1f} s: {what}", flush=True)
+    """Kill the first replica, drain the second, drain the first, each when its phase begins; all come back. The last sends sessions
+    to replicas that had them while the first was away, and still have them as they were then."""
+    plan = (("killed", "kill", fleet.kill, 0), ("drained", "drain", fleet.drain, 1), ("again", "drain", fleet.drain, 0))
+    for phase, what, act, replica in plan:
+        start = began + PHASES[phase][0] * seconds
+        _look_until(start, moves)
+        act(replica)
+        print(f"{time.monotonic() - began:5.1f} s: replica {replica + 1}, {what}", flush=True)
+        _look_until(start + REST * seconds, moves)
+        fleet.back(replica)
+        print(f"{time.monotonic() - began:5.1f} s: replica {replica + 1}, back", flush=True)
     _look_until(began + seconds, moves)
 
 
 def _look_until(moment: float, moves: Moves) -> None:
     while (left := moment - time.monotonic()) > 0:
-        time.sleep(min(1.0, left))
+        time.sleep(min(LOOK, left))
         moves.look()
 
 

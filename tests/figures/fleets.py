@@ -22,7 +22,9 @@ from tests.process import ROOT
 
 REPLICAS = 3
 PROJECT = "seqserve-compose-test"
-_OWNERS = "local r={} for _,k in ipairs(redis.call('KEYS','seqserve:session:*')) do r[#r+1]=k r[#r+1]=redis.call('HGET',k,'owner') end return r"
+_OWNERS = (
+    "local r={} for _,k in ipairs(redis.call('KEYS','seqserve:session:*')) do r[#r+1]=k r[#r+1]=redis.call('HGET',k,'owner') end return r"
+)
 """A script for the store: every session and the replica that has it."""
 
 
@@ -112,6 +114,10 @@ class Containers:
         _ran([*self._compose, "-p", PROJECT, *files, "--profile", "fleet", *arguments], 300.0)
 
     def _down(self) -> None:
+        left = _ran([self._engine, "ps", "--all", "--quiet", "--filter", f"name={PROJECT}"]).split()
+        if left:  # podman-compose's "down" leaves replicas beyond the first; podman refuses what others depend on
+            more = ["--depend", "--ignore"] if self._engine == "podman" else []
+            _ran([self._engine, "rm", "--force", "--volumes", *more, *left])
         self._composed("down", "--volumes", "--timeout", "5")
 
     def _name(self, service: str, number: int) -> str:

@@ -2,7 +2,8 @@
 live sessions: turns a second, latency, and the server's own CPU time a turn; then replays, and 100,000 open sessions.
 
 The load is a closed loop from this process over a few Turns streams: a session sends its next turn when the last is
-answered. A message carries one turn, or one turn of each of 32 sessions. All servers run from the start and take turns, so
+answered. A message carries one turn, or one turn of each of 32 sessions; and at the end 32 turns of one session, sent ahead,
+which the server joins, or with --chunk 1 runs one by one. All servers run from the start and take turns, so
 that drift of the machine meets them alike. Speed is printed and never judged; it fails where an answer is not, bit for bit,
 what the model gives to the whole sequence at once.
 """
@@ -295,6 +296,48 @@ def crowd(directory: Path, count: int, seconds: float, onnx: ort.InferenceSessio
     return said, sum(wrong(onnx, graph, live) for live in active)
 
 
+def ahead(directory: Path, repeats: int, seconds: float, onnx: ort.InferenceSession, graph: Graph) -> tuple[str, int]:
+    """One session that sends 32 turns ahead, joined and one by one; what to say of it, and how many answers were wrong."""
+    joined, alone = Cell(), Cell()
+    bad = 0
+    with serve(directory / "models") as one, serve(directory / "models", "--chunk", "1") as other:
+        pairs = [(Running("joined", one), joined), (Running("one by one", other), alone)]
+        lives = [server.open("ahead", 1, sampled=1)[0] for server, _ in pairs]
+        for _ in range(repeats):
+            for (server, cell), live in zip(pairs, lives, strict=True):
+                cpu, began, turns = server.cpu, time.perf_counter(), live.turn
+                send_ahead(server.served.channel, live, began + seconds, cell.latencies)
+                cell.seconds += time.perf_counter() - began
+                cell.cpu += server.cpu - cpu
+                cell.turns += live.turn - turns
+        bad = sum(wrong(onnx, graph, live) for live in lives)
+    said = (
+        f"one session, {TOGETHER} turns sent ahead: joined {joined.rate:,.0f} turns/s, {joined.cost:.0f} µs of CPU a turn, p50 of the "
+        f"{TOGETHER} {joined.at(0.5):.1f} ms; one by one {alone.rate:,.0f}, {alone.cost:.0f} µs, {alone.at(0.5):.1f} ms"
+    )
+    return said, bad
+
+
+def send_ahead(channel: grpc.Channel, live: Live, until: float, latencies: list[float]) -> None:
+    """One stream of one session: its next turns in one message, when all before were answered."""
+    out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    call = channel.stream_stream(SERVICE + "Turns", _as_it_is, _as_it_is)(iter(out.get, None))
+    replies = (reply for data in call for reply in pb.TurnsReply.FromString(data).turns)
+    assert live.replies is not None
+    while time.perf_counter() < until:
+        sent = time.perf_counter()
+        steps = [Live(live.number, live.id, live.turn + n) for n in range(1, TOGETHER + 1)]
+        out.put(message(Group(steps)))
+        for step in steps:
+            reply = next(replies)
+            if reply.turn != step.turn or reply.HasField("refusal"):
+                raise AssertionError(f"session {live.id}, turn {step.turn}: answered {reply}")
+            live.replies.append(reply.tensors.tensors[0].data)
+        live.turn += TOGETHER
+        latencies.append(time.perf_counter() - sent)
+    out.put(None)
+
+
 def table(running: list[Running], counts: list[int]) -> Table:
     made = Table(title="Turns of one time step; CPU is the server's, a turn; latency is of a whole message")
     made.add_column("sessions", justify="right")
@@ -349,6 +392,8 @@ def main() -> int:
             bad += sum(wrong(onnx, bundle.graph, live) for server in running for live in server.lives)
         said = crowd(directory, options.open, options.seconds, onnx, bundle.graph) if options.open else ("", 0)
         bad += said[1]
+        in_line = ahead(directory, options.repeats, options.seconds, onnx, bundle.graph)
+        bad += in_line[1]
     console = Console()
     console = Console(width=max(console.width, 120))  # narrower, figures are cut off
     console.print(table(running, options.sessions))
@@ -356,6 +401,7 @@ def main() -> int:
     print("replayed turns/s: " + ", ".join(f"{s.title} {s.replays.rate:,.0f} ({s.replays.cost:.0f} µs)" for s in running))
     if said[0]:
         print(said[0])
+    print(in_line[0])
     most = options.sessions[-1]
     by = {s.title: s.cells for s in running}
     parts = [f"{most} sessions"]

@@ -9,7 +9,7 @@ ENGINE ?= docker
 TARGET ?= server
 RUN ?=
 
-.PHONY: serve demo test check audit fuzz quality precisions series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
+.PHONY: serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -40,6 +40,9 @@ quality: setup-dev      ## the shipped bundles on the full test sets: DATA=DIR, 
 
 precisions: setup-dev   ## what each precision of the shipped bundles costs and saves: DATA=DIR
 	$(BIN)/python -m tests.figures.precisions --data $(DATA) $(RUN)
+
+models-page: setup-dev  ## docs/models.md anew from the bundles; RUN="--served FILE" takes figures of make quality up
+	$(BIN)/python -m export.page $(RUN)
 
 series: setup-dev       ## the forecaster beside simpler methods on five data sets: DATA=DIR, RUN=--write into docs
 	$(BIN)/python -m tests.figures.series --data $(DATA) $(RUN)

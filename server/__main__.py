@@ -18,7 +18,6 @@ from server.config import Config
 from server.store import StoreUnusable
 
 STOP = (signal.SIGTERM, signal.SIGINT)
-HEARD = (*STOP, signal.SIGHUP)  # the last: read the keys anew
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,14 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.configure(config.log_level, config.log_format)
     # Waited for, not handled: a Python handler only runs once the main thread runs Python again, and a signal that comes
     # just before it starts to wait would be lost. Blocked before any thread is started, so that none of them takes it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+    # SIGHUP means to read the keys anew, where there are keys; else what it means to any process.
+    heard = STOP if config.keys is None else (*STOP, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     try:
         app = App(config)
         app.start()
     except (OSError, ValueError, StoreUnusable) as e:
         print(f"seqserve: {e}", file=sys.stderr)
         return 1
-    while signal.sigwait(HEARD) == signal.SIGHUP:
+    while signal.sigwait(heard) == signal.SIGHUP:
         app.reload()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # a second one ends us at once
     logging.getLogger(__name__).info("draining")

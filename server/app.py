@@ -149,12 +149,12 @@ def _traced(config: Config, metrics: Metrics) -> tuple[Tracing | None, Workers, 
     if not config.otlp:
         return None, Workers(config.workers), metrics
     try:
-        from server import tracing
+        from server.tracing import TracedWatch, TracedWorkers, Tracing, exporting
     except ImportError as e:
         raise ValueError(f"--otlp needs OpenTelemetry: pip install 'seqserve[otel]' ({e})") from None
-    traced = tracing.Tracing(tracing.exporting(config.otlp))
-    workers = tracing.TracedWorkers(config.workers)
-    return traced, workers, tracing.TracedWatch(metrics, workers, traced.tracer)
+    traced = Tracing(exporting(config.otlp))
+    workers = TracedWorkers(config.workers)
+    return traced, workers, TracedWatch(metrics, workers, traced.tracer)
 
 
 def _credentials(config: Config) -> grpc.ServerCredentials | None:

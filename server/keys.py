@@ -37,7 +37,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from server.errors import Unauthenticated
+from server.errors import Unauthenticated, listed
 from server.quotas import Caller, Quota, Tenant
 
 log = logging.getLogger(__name__)
@@ -74,9 +74,6 @@ class Keys:
         self._stopping.set()
         if self._watch.is_alive():
             self._watch.join()
-
-    def tenant(self, name: str) -> Tenant | None:
-        return self._tenants.get(name)
 
     def who(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         """Whoever sent this metadata. Raises Unauthenticated."""
@@ -132,7 +129,9 @@ class Keys:
         self._callers, self._known = callers, {}
         for digest, caller in before.items():
             caller.revoked = callers.get(digest) is not caller
-        log.info("%d keys of %d tenants", len(callers), len({c.tenant.name for c in callers.values()}))
+        gone = [f"{c.tenant.name}/{c.name or '(no name)'}" for c in before.values() if c.revoked]
+        tenants = len({c.tenant.name for c in callers.values()})
+        log.info("%d keys of %d tenants%s", len(callers), tenants, f"; revoked or changed: {listed(gone)}" if gone else "")
 
     def _stamped(self) -> tuple[int, int, int] | None:
         try:

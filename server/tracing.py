@@ -18,8 +18,8 @@ import grpc
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanProcessor
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -204,7 +204,7 @@ class TracedWatch:
                 self._tell(engine, sequence, seen, reason, now)
 
     def _tell(self, engine: Engine, s: Sequence, seen: _Seen, outcome: str, now: int) -> None:
-        attributes = {
+        attributes: dict[str, str | int | float] = {
             "seqserve.model": engine.name, "seqserve.version": engine.version, "seqserve.outcome": outcome, "seqserve.rounds": s.rounds,
             "seqserve.rows": s.rows, "seqserve.queued_seconds": s.queued, "seqserve.run_seconds": s.run,
         }  # fmt: skip

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import metadata
+from typing import Any
 
 from tests.process import ROOT
 
@@ -35,13 +36,13 @@ def pinned(text: str) -> tuple[dict[str, str], list[str]]:
     return pins, faults
 
 
-def wanted(project: Mapping[str, object]) -> set[str]:
+def wanted(project: Mapping[str, Any]) -> set[str]:
     """Every package that the project names, in any extra."""
-    about: dict[str, list[str]] = {"": project["dependencies"], **project["optional-dependencies"]}  # type: ignore[dict-item]  # TOML
+    about: dict[str, list[str]] = {"": project["dependencies"], **project["optional-dependencies"]}
     return {plain(found[0]) for listed in about.values() for line in listed if (found := _NAME.match(line))}
 
 
-def faults(installed: Iterable[tuple[str, str]], constraints: str, project: Mapping[str, object]) -> list[str]:
+def faults(installed: Iterable[tuple[str, str]], constraints: str, project: Mapping[str, Any]) -> list[str]:
     pins, found = pinned(constraints)
     for name in sorted(wanted(project) - pins.keys() - EXCLUDED):
         found.append(f"pyproject.toml names {name}, constraints.txt does not: add it, and what it pulls in, at the version tested")

@@ -1,8 +1,10 @@
-"""The clients in docs/examples and `seqserve demo` run as they stand, against a server with the shipped models."""
+"""The clients in docs/examples, the questions of docs/models.md and `seqserve demo` run as they stand, against a server with the
+shipped models."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ from seqserve import demo
 from tests.process import ROOT, Served, serve
 
 EXAMPLES = ROOT / "docs" / "examples"
+BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), re.DOTALL)
+ASKED = [line for block in BLOCKS for line in block.splitlines() if not re.match(r"seqserve (train|export|serve) |python ", line)]
 
 SAID: dict[str, tuple[list[str], list[str]]] = {
     "digits": ([], ["in one call, the same bits: True"]),
@@ -59,3 +63,13 @@ def test_the_demo_asks_every_kind(served: Served, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     titles = ("Classify", "A session", "Translate", "Tag", "Generate", "Forecast", "A digit", "Plain tensors")
     assert [title for title in titles if f"\n{title}" not in out] == []
+
+
+@pytest.mark.parametrize("command", ASKED)
+def test_questions(command: str, served: Served, tmp_path: Path) -> None:
+    """What docs/models.md asks is answered."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "SEQSERVE_SERVER": f"localhost:{served.port}"}
+    ran = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()

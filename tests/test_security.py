@@ -89,7 +89,10 @@ def running(request: pytest.FixtureRequest, library: Path, tmp_path_factory: pyt
         "--log-level", "debug",
     ) as server:  # fmt: skip
         yield Running(server, file)
-        assert not [key for key in KEYS.values() if key in "".join(server.log)], "no key is ever logged"
+        log = "".join(server.log)
+        assert not [key for key in KEYS.values() if key in log], "no key is ever logged"
+        assert "tenant 'acme'" in log, "whose call it was is"
+        assert "revoked or changed: late/late" in log
 
 
 class As(Served):
@@ -572,7 +575,11 @@ def test_streams_of_a_connection(library: Path) -> None:
     with serve(library, "--connection-streams", "2") as server:
         asked = [_Asked(), _Asked()]
         calls = Calls(server)
-        open = [calls.turns(a) for a in asked]  # type: ignore[arg-type]  # an iterator in all but name
+        ids = [calls.new(), calls.new()]
+        streams = [calls.turns(a) for a in asked]
+        for id, ask, replies in zip(ids, asked, streams, strict=True):  # both have begun
+            ask.put(sessions_pb2.TurnsRequest(turns=[turn(id, 1, [1])]))
+            assert next(replies).turns[0].turn == 1
         third = server.method(f"{INFERENCE}/ServerLive").future(pb.ServerLiveRequest(), wait_for_ready=True)
         with grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.use_local_subchannel_pool", 1)]) as another:
             assert another.unary_unary(f"{INFERENCE}/ServerLive")(b"", timeout=WAIT_S)
@@ -580,7 +587,7 @@ def test_streams_of_a_connection(library: Path) -> None:
         asked[0].put(None)
         assert third.result(WAIT_S)
         asked[1].put(None)
-        assert [list(replies) for replies in open] == [[], []]
+        assert [list(replies) for replies in streams] == [[], []]
 
 
 # ---- TLS ----

@@ -1,6 +1,6 @@
 """A training run as data: one TOML file, checked, changeable from the command line, copied beside the result.
 
-It knows the sections every run has; `model` and `data` are left to the task's own file, which reads them with `section`.
+It knows the sections every run has; `model`, `data` and `init` are left to the task's own file, which reads them with `section`.
 It must not know torch or any model.
 """
 
@@ -84,13 +84,14 @@ class Config:
     seed: int = 1
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    init: Mapping[str, Any] = field(default_factory=dict)  # what weights start from, where a task knows more than random numbers
     optimiser: Optimiser = field(default_factory=Optimiser)
     schedule: Schedule = field(default_factory=Schedule)
     run: Run = field(default_factory=Run)
 
     def plain(self) -> dict[str, Any]:
-        """The configuration as nested dicts of plain values."""
-        return asdict(self)
+        """The configuration as nested dicts of plain values; `init` only where it says something."""
+        return {key: value for key, value in asdict(self).items() if value or key != "init"}
 
     def to_toml(self) -> str:
         sections = self.plain()

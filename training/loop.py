@@ -40,6 +40,8 @@ class Training(lightning.LightningModule):
     monitor: str = "validation_loss"
     """The score that chooses the weights kept, and that stops the run."""
     monitor_mode: str = "min"
+    starts: bool = False
+    """Whether the task reads the configuration's `init`."""
 
     def __init__(self, model: nn.Module, dims: Mapping[str, Any], config: Config) -> None:
         super().__init__()
@@ -252,6 +254,8 @@ def fit(training: Training, out: Path, *, resume: bool, command: str, progress: 
     `out` receives config.toml, checkpoint.pt (the best weights), last.ckpt (to resume from), history.jsonl, curves.png.
     """
     config, run = training.config, training.config.run
+    if training.config.init and not training.starts:
+        raise ConfigError(f"init: {training.config.task} always starts from random weights")
     if run.gradient_clip_by not in ("norm", "value"):
         raise ConfigError(f"run.gradient_clip_by {run.gradient_clip_by!r}: one of norm, value")
     out.mkdir(parents=True, exist_ok=True)

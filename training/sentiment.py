@@ -12,24 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
-from tokenizers.trainers import WordLevelTrainer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from contract import bundle
 from contract.bundle import State as Carried
-from contract.text import PAD, UNKNOWN, Vocabulary
+from contract.text import Vocabulary
+from training import start
 from training.config import Config, section
 from training.data import imdb
 from training.data.batches import Batches
 from training.layers import SequenceDropout, remember
 from training.loop import Training
+from training.reviews import VOCABULARY, hold_out, labelled, learn_vocabulary
 from training.tasks import About
-
-VOCABULARY = "tokenizer.json"
 
 ABOUT = About(
     title="Sentiment of English film reviews",
@@ -113,6 +110,7 @@ class Sentiment(nn.Module):
 class SentimentTraining(Training):
     monitor = "validation_accuracy"
     monitor_mode = "max"
+    starts = True
 
     def __init__(self, model: Sentiment, config: Config, data: Data, train: Rows, validation: Rows, unknown: int) -> None:
         super().__init__(model, asdict(model.dims), config)
@@ -123,11 +121,16 @@ class SentimentTraining(Training):
     def prepare(cls, config: Config, data: Path | None, out: Path) -> SentimentTraining:
         """Read the reviews, learn the vocabulary from the training part alone and save it, build the model."""
         settings = section(Data, config.data, "data")
-        texts, labels = _toy(config.seed) if settings.kind == "toy" else _imdb(data)
-        train, validation = _hold_out(labels, settings.validation, config.seed)
+        begin = start.read(config.init)
+        texts, labels = labelled(settings.kind, config.seed, data)
+        train, validation = hold_out(labels, settings.validation, config.seed)
         if settings.train:
             train = train[: settings.train]
-        vocabulary = learn_vocabulary([texts[i] for i in train], settings.vocabulary, settings.least)
+        if begin.run:
+            start.check(begin.run, config)
+            vocabulary = Vocabulary.load(begin.run / VOCABULARY)
+        else:
+            vocabulary = learn_vocabulary([texts[i] for i in train], settings.vocabulary, settings.least)
         vocabulary.save(out / VOCABULARY)
         dims = section(Dims, {"vocabulary": vocabulary.size, **config.model}, "model")
         unknown = vocabulary.unknown
@@ -138,7 +141,12 @@ class SentimentTraining(Training):
             kept = [(t, labels[i]) for t, i in zip(tokens, places, strict=True) if len(t)]
             return Rows([t for t, _ in kept], [label for _, label in kept], longest)
 
-        return cls(Sentiment(dims), config, settings, rows(train, settings.longest), rows(validation, 0), unknown)
+        model = Sentiment(dims)
+        if begin.run:
+            start.take_over(begin.run, model)
+        if begin.word2vec:
+            start.take_words(begin.word2vec, vocabulary, model.embedding)
+        return cls(model, config, settings, rows(train, settings.longest), rows(validation, 0), unknown)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, lengths, labels = batch
@@ -195,50 +203,6 @@ class Rows(Dataset[Batch]):
             return tokens
         start = int(torch.randint(spare + 1, ()))  # torch's generator: seeded, also in loader processes
         return tokens[start : start + self.longest]
-
-
-def learn_vocabulary(texts: Sequence[str], size: int, least: int) -> Vocabulary:
-    """The most frequent words of `texts`, lower-cased, markup dropped; a word keeps its apostrophe ("don't")."""
-    tokenizer = Tokenizer(WordLevel({PAD: 0, UNKNOWN: 1}, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Replace("<br />", " "), normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
-    )
-    words = Regex(r"\w+(?:['’]\w+)*|[^\w\s]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="removed", invert=True)
-    trainer = WordLevelTrainer(vocab_size=size, min_frequency=least, special_tokens=[PAD, UNKNOWN], show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return Vocabulary(tokenizer)
-
-
-def _imdb(data: Path | None) -> tuple[list[str], list[int]]:
-    """The training part, each text once: 96 reviews are there twice and could stand on both sides of the hold-out."""
-    reviews = imdb.read("train", data)
-    once = dict(zip(reviews.texts, reviews.labels, strict=True))
-    return list(once), list(once.values())
-
-
-def _toy(seed: int) -> tuple[list[str], list[int]]:
-    """Made-up sentences: praise or blame among neutral words, which "not" before it turns round."""
-    random = np.random.default_rng(seed)
-    praise, blame = ["good", "fine", "lovely", "great"], ["bad", "poor", "awful", "dull"]
-    neutral = ["the", "film", "plot", "actor", "scene", "with", "of", "a", "was", "music", ",", "."]
-    texts, labels = [], []
-    for _ in range(3_000):
-        label, negated = int(random.integers(2)), bool(random.integers(2))
-        said = [str(random.choice(praise if bool(label) != negated else blame))]
-        before = [str(w) for w in random.choice(neutral, random.integers(1, 12))]
-        after = [str(w) for w in random.choice(neutral, random.integers(1, 12))]
-        texts.append(" ".join(before + (["not"] if negated else []) + said + after))
-        labels.append(label)
-    return texts, labels
-
-
-def _hold_out(labels: Sequence[int], count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Places to train on and places to validate on, the latter with as many of each label; both in random order."""
-    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
-    kinds = sorted(set(labels))
-    held = {i for kind in kinds for i in [i for i in order if labels[i] == kind][: count // len(kinds)]}
-    return [i for i in order if i not in held], [i for i in order if i in held]
 
 
 # How it is served.

@@ -19,6 +19,7 @@ from training.loop import Training
 
 TASKS: Mapping[str, str] = {
     "sentiment": "training.sentiment",
+    "pretrain": "training.pretrain",  # what sentiment can start from; never exported
     "translator": "training.translator",
     "forecaster": "training.forecaster",
     "window_mlp": "training.window_mlp",

@@ -11,6 +11,7 @@ from seqserve import Client
 
 LEVEL = np.array([9.0, 2.5, 6.0, 1.2, 2.8, 0.9, 14.0])  # six loads and the oil's temperature, as ETTh1 has them
 SWING = np.array([5.0, 1.2, 4.5, 0.9, 0.7, 0.25, 3.0])
+MORE = np.array([4, 1, 3.5, 0.7, 0.6, 0.2, 0])
 
 
 def hours(count: int) -> np.ndarray:
@@ -27,8 +28,7 @@ def main(server: str = "localhost:8001", model: str = "forecaster") -> None:
             usual = session.send(row)
         with session.fork() as what_if:
             for row in hours(126)[120:]:
-                high = row + [4, 1, 3.5, 0.7, 0.6, 0.2, 0]
-                other = what_if.send(high)  # six more hours of load above what is usual
+                other = what_if.send(row + MORE)  # six more hours of load above what is usual
         for row in hours(126)[120:]:
             usual = session.send(row)
         print(f"{len(usual.mean)} hours ahead of {', '.join(usual.channels)}")

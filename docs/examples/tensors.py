@@ -25,7 +25,8 @@ def main(server: str = "localhost:8001") -> None:
     for label, (_, positive) in zip(answer.as_numpy("LABEL")[:, 0], answer.as_numpy("probabilities"), strict=True):
         print(f"sentiment: {label.decode()}, {positive:.1%} positive")
 
-    for at, piece in enumerate(("A small, warm film; ", "my whole family loved it, and we will watch it again.")):  # a sequence: the server keeps its state
+    pieces = ("A small, warm film; ", "my whole family loved it, and we will watch it again.")
+    for at, piece in enumerate(pieces):  # a sequence: the server keeps its state
         text = triton.InferInput("TEXT", [1, 1], "BYTES")
         text.set_data_from_numpy(np.array([[piece]], object))
         answer = client.infer("sentiment", [text], sequence_id=7, sequence_start=at == 0, sequence_end=at == 1)

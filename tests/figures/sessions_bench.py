@@ -140,8 +140,9 @@ def varint(n: int) -> bytes:
     return bytes((n & 127 | 128, n >> 7 & 127 | 128, n >> 14))
 
 
-def message(group: Group) -> bytes:
-    """A TurnsRequest with the present turn of each session, put together from parts: the client must not be what is measured."""
+def message(group: Group, acknowledged: int | None = None) -> bytes:
+    """A TurnsRequest with the present turn of each session, which acknowledges the one before unless another is named. Put together
+    from parts: the client must not be what is measured."""
     parts: list[bytes] = []
     for live in group.sessions:
         id = live.id.encode()
@@ -149,7 +150,7 @@ def message(group: Group) -> bytes:
             len(id),
             id,
             varint(live.turn),
-            varint(live.turn - 1),
+            varint(live.turn - 1 if acknowledged is None else acknowledged),
             BROUGHT[(7 * live.number + live.turn) % 64],
         )
         parts += (b"\x0a", varint(len(turn)), turn)
@@ -299,7 +300,6 @@ def crowd(directory: Path, count: int, seconds: float, onnx: ort.InferenceSessio
 def ahead(directory: Path, repeats: int, seconds: float, onnx: ort.InferenceSession, graph: Graph) -> tuple[str, int]:
     """One session that sends 32 turns ahead, joined and one by one; what to say of it, and how many answers were wrong."""
     joined, alone = Cell(), Cell()
-    bad = 0
     with serve(directory / "models") as one, serve(directory / "models", "--chunk", "1") as other:
         pairs = [(Running("joined", one), joined), (Running("one by one", other), alone)]
         lives = [server.open("ahead", 1, sampled=1)[0] for server, _ in pairs]
@@ -327,7 +327,7 @@ def send_ahead(channel: grpc.Channel, live: Live, until: float, latencies: list[
     while time.perf_counter() < until:
         sent = time.perf_counter()
         steps = [Live(live.number, live.id, live.turn + n) for n in range(1, TOGETHER + 1)]
-        out.put(message(Group(steps)))
+        out.put(message(Group(steps), live.turn))
         for step in steps:
             reply = next(replies)
             if reply.turn != step.turn or reply.HasField("refusal"):

@@ -180,7 +180,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
 
 def _others(listed: Sequence[Mapping[str, str]]) -> Iterable[str]:
     yield "## Not shipped"
-    yield "Too large, too weak or not trained yet; export and serve them as above."
+    yield "Too large, too weak or not trained yet; those that have graphs are exported and served as above."
     yield "\n".join(
         _table(("system", "shape", "train", "figure"), [(u["system"], u["shape"], f"`{u['train']}`", u["figure"]) for u in listed])
     )

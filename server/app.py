@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -108,6 +110,7 @@ class App:
             if self.config.tls_cert is None:
                 log.warning("keys go over the wire in the clear: set --tls-cert and --tls-key, or let only a TLS proxy reach this port")
         gc.collect()
+        _trim()
         gc.freeze()  # what is there now stays: models, code
         gc.set_threshold(*COLLECT)
         sys.setswitchinterval(SWITCH_S)
@@ -155,6 +158,12 @@ def _traced(config: Config, metrics: Metrics) -> tuple[Tracing | None, Workers, 
     traced = Tracing(exporting(config.otlp))
     workers = TracedWorkers(config.workers)
     return traced, workers, TracedWatch(metrics, workers, traced.tracer)
+
+
+def _trim() -> None:
+    """Give back to the system what loading has freed: 14 of 150 MB with three models. glibc's own, and nothing elsewhere."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _credentials(config: Config) -> grpc.ServerCredentials | None:

@@ -147,6 +147,8 @@ class Shelf:
         return (self.errands is not None and self.errands.waits(id)) or self.sessions.live(id) is None
 
     def lives(self, id: str) -> bool:
+        if self._store.shared:
+            self._let_go(id)
         self._find(id)
         with self.changed:
             return id in self.sessions

@@ -139,6 +139,8 @@ _SCALARS: dict[int, st.SearchStrategy[Any]] = {
     FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
 }
 _TEXTS = st.sampled_from(WORDS) | st.text(max_size=8)
+_MODELS = ("reader", "both_ways", "fragile", "speaker", "sentiment", "forecaster", "tokens", "x")
+_LIKELY = {"name": _MODELS, "model_name": _MODELS, "session": (SESSION,), "datatype": ("INT64", "FP32", "BYTES")}  # or little gets far
 _BYTES = st.binary(max_size=40) | st.integers(0, 40).map(bytes) | st.sampled_from([struct.pack("<I", 1 << 31), struct.pack("<q", -1) * 3])
 
 
@@ -146,6 +148,8 @@ def _value(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
     if field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE:
         return messages(field.message_type, depth - 1)
     if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
+        if field.name in _LIKELY and field.type == FieldDescriptor.TYPE_STRING:
+            return st.sampled_from(_LIKELY[field.name]) | _TEXTS
         return _TEXTS if field.type == FieldDescriptor.TYPE_STRING else _BYTES
     if field.enum_type is not None:
         known = [v.number for v in field.enum_type.values]
@@ -267,7 +271,14 @@ def requests(target: Target) -> st.SearchStrategy[bytes]:
 
 # The neighbour's model must stay; what an operator may do to a server is no nonsense.
 NAMES = [name for name in TARGETS if not name.endswith("RepositoryModelUnload")]
-throws = st.sampled_from(NAMES).flatmap(lambda name: st.tuples(st.just(name), st.lists(requests(TARGETS[name]), min_size=1, max_size=4)))
+
+
+def thrown_at(name: str) -> st.SearchStrategy[tuple[str, list[bytes]]]:
+    """A call of one method: its request, or those of its stream."""
+    return st.tuples(st.just(name), st.lists(requests(TARGETS[name]), min_size=1, max_size=4 if TARGETS[name].asks else 1))
+
+
+throws = st.sampled_from(NAMES).flatmap(thrown_at)
 
 
 # ---- How it is thrown, and what must be true ----

@@ -15,7 +15,7 @@ from torch import Tensor
 from contract.bundle import Bundle, validate
 from contract.text import Vocabulary
 from training import __main__ as command
-from training import checkpoint, sentiment
+from training import checkpoint, reviews, sentiment
 from training.data import DataError, Source, imdb
 from training.sentiment import Dims, Sentiment
 
@@ -69,7 +69,7 @@ def test_the_contract_is_without_fault() -> None:
 
 def test_words_are_told_apart_as_reviews_write_them(tmp_path: Path) -> None:
     """Case, accents and markup do not matter; a word keeps its apostrophe; punctuation stands alone; it survives a file."""
-    learnt = sentiment.learn_vocabulary(["A fine café!<br /><br />Don't miss it."], 100, 1)
+    learnt = reviews.learn_vocabulary(["A fine café!<br /><br />Don't miss it."], 100, 1)
     learnt.save(tmp_path / "tokenizer.json")
     found = Vocabulary.load(tmp_path / "tokenizer.json")
     pieces = found.pieces(found.encode("a FINE cafe ! don't miss<br />it.").tolist())
@@ -80,20 +80,20 @@ def test_words_are_told_apart_as_reviews_write_them(tmp_path: Path) -> None:
 
 def test_the_vocabulary_keeps_the_frequent_words() -> None:
     """Its size is a limit with the special marks counted, and rare words are left out."""
-    learnt = sentiment.learn_vocabulary(["a a a b b c"], 4, 1)
+    learnt = reviews.learn_vocabulary(["a a a b b c"], 4, 1)
     assert learnt.size == 4
     assert learnt.encode("a b c").tolist()[2] == learnt.unknown
-    assert sentiment.learn_vocabulary(["a a a b b c"], 100, 2).size == 4
+    assert reviews.learn_vocabulary(["a a a b b c"], 100, 2).size == 4
 
 
 def test_held_out_reviews_are_balanced_and_never_trained_on() -> None:
     """Validation has as many of each label, shares no place with training, and is the same for the same seed."""
     labels = [0, 1] * 50
-    train, validation = sentiment._hold_out(labels, 20, seed=1)
+    train, validation = reviews.hold_out(labels, 20, seed=1)
     assert sorted(train + validation) == list(range(100))
     assert sum(labels[i] for i in validation) == 10
-    assert sentiment._hold_out(labels, 20, seed=1) == (train, validation)
-    assert sentiment._hold_out(labels, 20, seed=2) != (train, validation)
+    assert reviews.hold_out(labels, 20, seed=1) == (train, validation)
+    assert reviews.hold_out(labels, 20, seed=2) != (train, validation)
 
 
 def test_long_reviews_are_cut_in_training_only() -> None:
@@ -134,7 +134,7 @@ def test_the_toy_is_learnt_and_its_checkpoint_rebuilds_the_model(tmp_path: Path)
     model = sentiment.rebuild(kept.dims)
     model.load_state_dict(dict(kept.weights))
     assert kept.scores["validation_accuracy"] > 0.95
-    vocabulary = Vocabulary.load(tmp_path / sentiment.VOCABULARY)
+    vocabulary = Vocabulary.load(tmp_path / reviews.VOCABULARY)
     for text, label in (("the plot was lovely", 1), ("the plot was not lovely", 0), ("a film with awful music", 0)):
         tokens = torch.from_numpy(vocabulary.encode(text))[None]
         with torch.no_grad():

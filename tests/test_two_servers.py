@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 from contract import bundle as contract
+from protos import inference_pb2 as inference_pb
 from protos import sessions_pb2 as pb
 from server.graph import OnnxGraph
 from tests import models
 from tests.figures.crash import store
 from tests.process import Served, reason, serve
-from tests.test_turns import Calls, cut, scores, turn
+from tests.test_turns import Calls, cut, scores, step, turn
 
 REDIS = shutil.which("redis-server")
 if REDIS is None:
@@ -37,6 +38,13 @@ def place() -> Iterator[tuple[Path, list[Served]]]:
         models.library(library)
         address = stack.enter_context(store("redis", name))
         yield library, [stack.enter_context(serve(library, "--store", address, "--chunk", "8")) for _ in range(2)]
+
+
+def inference(tokens: list[int]) -> inference_pb.ModelInferRequest:
+    """The same tokens at once, without a session."""
+    request = inference_pb.ModelInferRequest(model_name="reader", raw_input_contents=[np.array(tokens, np.int64).tobytes()])
+    request.inputs.add(name="tokens", datatype="INT64", shape=[1, len(tokens)])
+    return request
 
 
 def again(call: Any, request: Any) -> Any:
@@ -106,6 +114,19 @@ if REDIS:
             with pytest.raises(grpc.RpcError) as gone:
                 again(call, request)
             assert reason(gone.value)[1] == "SESSION_CLOSED"
+
+    def test_a_sequence_of_the_open_inference_protocol_goes_to_and_fro(place: tuple[Path, list[Served]]) -> None:
+        """Numbered requests of one sequence_id to either server: its steps make the whole; a start begins anew wherever it is sent."""
+        infer = [server.method("/inference.GRPCInferenceService/ModelInfer", inference_pb.ModelInferResponse) for server in place[1]]
+        tokens = list(range(1, 11))
+        for round in range(3):
+            read = [
+                again(infer[(n + round) % 2 if n % 3 else n % 2], step("to and fro", [t], start=n == 0, end=n == 9, number=n + 1))
+                for n, t in enumerate(tokens)
+            ]
+            made = b"".join(r.raw_output_contents[0] for r in read)
+            expected = infer[0](inference(tokens)).raw_output_contents[0]
+            assert made == expected
 
     def test_a_server_goes_and_the_other_goes_on(place: tuple[Path, list[Served]]) -> None:
         """Killed with kill -9 amid its turns: the other server has every answered turn of its sessions."""

@@ -32,6 +32,17 @@ def unlabelled(kind: str, seed: int, data: Path | None) -> list[str]:
     return _toy(seed + 1)[0] if kind == "toy" else list(dict.fromkeys(imdb.read("unsup", data).texts))
 
 
+def without_held(kind: str, validation: int, seed: int, data: Path | None) -> tuple[list[str], list[str]]:
+    """All texts that may be read without their labels, in random order, and those that the sentiment run of the same seed
+    holds out; no text is in both."""
+    texts, labels = labelled(kind, seed, data)
+    train, held = hold_out(labels, validation, seed)
+    kept = [texts[i] for i in held]
+    never = set(kept)
+    read = [t for t in [*(texts[i] for i in train), *unlabelled(kind, seed, data)] if t not in never]
+    return [read[i] for i in np.random.default_rng(seed).permutation(len(read)).tolist()], kept
+
+
 def learn_vocabulary(texts: Sequence[str], size: int, least: int) -> Vocabulary:
     """The most frequent words of `texts`, lower-cased, markup dropped; a word keeps its apostrophe ("don't")."""
     tokenizer = Tokenizer(WordLevel({PAD: 0, UNKNOWN: 1}, unk_token=UNKNOWN))

@@ -16,7 +16,7 @@ from server import VERSION
 from server.catalog import Catalog, Model
 from server.config import Config
 from server.engine import Engine
-from server.errors import Denied, InvalidInput, NotFound, ServeError
+from server.errors import Conflict, Denied, InvalidInput, NotFound, ServeError
 from server.inputs import Array, Sizes, check
 from server.quotas import Caller
 from server.rpc import gate, model_config, parameters, wire
@@ -196,19 +196,23 @@ class Inference:
 
     def _begin_apart(self, step: _Step) -> None:
         try:
-            self._begin(step)
+            self._begin(step, sure=True)
         except Exception as e:  # the caller is told, whatever it is
             step.answer.fail(e)
 
-    def _begin(self, step: _Step) -> None:
+    def _begin(self, step: _Step, sure: bool = False) -> None:
         try:
-            self._take(step)
-        except BaseException:
+            self._take(step, sure)
+        except BaseException as e:
+            errands = self._shelf.errands
+            if isinstance(e, Conflict) and errands is not None and self._shelf.shared and not sure:
+                errands.run((step.id,), lambda: self._begin_apart(step))  # another server may have gone on with the session
+                return
             if step.given.end:
                 self._ended(step.id)
             raise
 
-    def _take(self, step: _Step) -> None:
+    def _take(self, step: _Step, sure: bool) -> None:
         given, id, turn = step.given, step.id, step.given.turn
         if given.start and not (turn == 1 and self._shelf.lives(id)):  # the first turn sent again is no new start
             caller = step.answer.caller
@@ -217,7 +221,7 @@ class Inference:
                 gate.left(caller)
             with gate.room(caller, self._shelf):
                 self._shelf.open(step.face.model.name, step.face.model.version, id)
-        self._turns.turn(id, turn, b"" if turn is None else _digest(step.request), step, None)
+        self._turns.turn(id, turn, b"" if turn is None else _digest(step.request), step, None, sure=sure)
 
     def over(self, id: str, ended: bool, caller: Caller | None) -> None:
         """The request that ends a sequence was run, or refused: where it ran the session behind it ends."""

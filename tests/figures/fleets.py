@@ -114,9 +114,12 @@ class Containers:
         _ran([*self._compose, "-p", PROJECT, *files, "--profile", "fleet", *arguments], 300.0)
 
     def _down(self) -> None:
-        left = _ran([self._engine, "ps", "--all", "--quiet", "--filter", f"name={PROJECT}"]).split()
-        if left:  # podman-compose's "down" leaves replicas beyond the first; podman refuses what others depend on
-            more = ["--depend", "--ignore"] if self._engine == "podman" else []
+        # podman-compose's "down" leaves replicas beyond the first, and podman leaves what others depend on: gone over again.
+        more = ["--depend", "--ignore"] if self._engine == "podman" else []
+        for _ in range(REPLICAS):
+            left = _ran([self._engine, "ps", "--all", "--quiet", "--filter", f"name={PROJECT}"]).split()
+            if not left:
+                break
             _ran([self._engine, "rm", "--force", "--volumes", *more, *left])
         self._composed("down", "--volumes", "--timeout", "5")
 

@@ -7,6 +7,7 @@ over gRPC, docs/models.toml what neither can know. It measures nothing and must 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tomllib
@@ -21,6 +22,7 @@ from contract.bundle import Bundle
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FACTS, SERVED = Path("docs/models.md"), Path("docs/models.toml"), Path("docs/models.served.json")
 CARD = "README.md"
+CONFIGS = ROOT / "training" / "configs"
 
 HEAD = """# Every system, and how good it is
 
@@ -33,6 +35,13 @@ fails that command. Times, negative results and what was tried are in [log.md](l
 
 HOW = """`make serve` serves all of them; `seqserve serve --models DIR` others. `--data DIR` is the directory of the data sets;
 without it they are fetched from their official addresses. Ready models are in `models/`; commands write beside them, to `models.new/`.
+"""
+
+
+UNSHIPPED = """## Not shipped
+
+Too large, too weak, not trained yet, or a step on the way to one of the above. Where there are graphs, `seqserve export` and `serve` them
+likewise; `--data DIR` as above.
 """
 
 
@@ -82,7 +91,8 @@ def text(root: Path = ROOT) -> str:
     if differ := shipped.symmetric_difference(told):
         raise Stale(f"{', '.join(sorted(differ))}: either in models/ or in {FACTS}, but not in both")
     systems = [_system(root, said, served) for said in facts["system"]]
-    parts = [HEAD, "\n".join(_overview(systems)), HOW, *(part for s in systems for part in _chapter(root, s)), *_others(facts["unshipped"])]
+    others = list(_others(systems, facts["unshipped"]))
+    parts = [HEAD, "\n".join(_overview(systems)), HOW, *(part for s in systems for part in _chapter(root, s)), UNSHIPPED, "\n".join(others)]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
@@ -178,12 +188,36 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
         yield "| " + " | ".join(row) + " |"
 
 
-def _others(listed: Sequence[Mapping[str, str]]) -> Iterable[str]:
-    yield "## Not shipped"
-    yield "Too large, too weak or not trained yet; those that have graphs are exported and served as above."
-    yield "\n".join(
-        _table(("system", "shape", "train", "figure"), [(u["system"], u["shape"], f"`{u['train']}`", u["figure"]) for u in listed])
-    )
+def _others(systems: Sequence[System], came: Mapping[str, Mapping[str, str]]) -> Iterable[str]:
+    """A row for each configuration that is neither a toy nor a shipped bundle's."""
+    files = {f.stem: f for f in sorted(CONFIGS.glob("*.toml")) if not f.stem.endswith("-toy")}
+    if gone := came.keys() - files.keys():
+        raise Stale(f"{FACTS} tells of configurations that are not there: {', '.join(sorted(gone))}")
+    shapes = {s.bundle.made_from["task"]: s.said["shape"] for s in systems}
+    for s in systems:
+        files.pop(_configuration(s.bundle), None)
+    yield "| configuration | shape | what it is | train | what came of it |"
+    yield "|---|---|---|---|---|"
+    for name, file in files.items():
+        task = tomllib.loads(file.read_text(encoding="utf-8"))["task"]
+        variant = name.removeprefix(task).removeprefix("-")
+        command = f"seqserve train {task}{f' --config {variant}' if variant else ''} --out runs/{name}"
+        known = came.get(name, {})
+        shape = shapes.get(task) or known.get("shape", "")
+        yield f"| {name} | {shape} | {_comment(file)} | `{command}` | {known.get('figure', '')} |"
+
+
+def _configuration(bundle: Bundle) -> str:
+    """The file that a bundle's recorded command was trained with."""
+    words = bundle.made_from["command"].split()
+    task: str = bundle.made_from["task"]
+    return f"{task}-{words[words.index('--config') + 1]}" if "--config" in words else task
+
+
+def _comment(file: Path) -> str:
+    """The first paragraph of the comment at the head of a configuration."""
+    lines = itertools.takewhile(lambda line: line.startswith("# "), file.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines)
 
 
 def merge(file: Path, new: Path) -> None:

@@ -42,6 +42,7 @@ class AsyncClient:
         self._timeout = timeout
         self._metadata = tuple(metadata)
         self._retries = retries
+        self._closed = False
         self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
         self._unary: dict[str, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {}
@@ -55,6 +56,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Ends the connection; calls in flight are cancelled."""
+        self._closed = True
         if self._channel is not None:
             await self._channel.close(None)
 
@@ -240,7 +242,8 @@ class AsyncClient:
         return await self._tried(call, self._tries(timeout))
 
     def _tries(self, timeout: float | None, limit: int | None = None) -> retry.Tries:
-        return retry.Tries(self._retries if limit is None else limit, self._timeout if timeout is None else timeout)
+        allowed = self._retries if limit is None else limit
+        return retry.Tries(allowed, self._timeout if timeout is None else timeout, closed=lambda: self._closed)
 
     async def _tried(self, call: wire.Call[R], tries: retry.Tries) -> R:
         if (send := self._unary.get(call.path)) is None:

@@ -62,6 +62,7 @@ class Client:
         self._timeout = timeout
         self._metadata = tuple(metadata)
         self._retries = retries
+        self._closed = False
         if credentials is None:
             self._channel = grpc.insecure_channel(target, OPTIONS)
         else:
@@ -77,6 +78,7 @@ class Client:
 
     def close(self) -> None:
         """Ends the connection; calls in flight are cancelled."""
+        self._closed = True
         self._channel.close()
 
     @overload
@@ -253,7 +255,8 @@ class Client:
         return self._tried(call, self._tries(timeout))
 
     def _tries(self, timeout: float | None, limit: int | None = None) -> retry.Tries:
-        return retry.Tries(self._retries if limit is None else limit, self._timeout if timeout is None else timeout)
+        allowed = self._retries if limit is None else limit
+        return retry.Tries(allowed, self._timeout if timeout is None else timeout, closed=lambda: self._closed)
 
     def _tried(self, call: wire.Call[R], tries: retry.Tries) -> R:
         if (send := self._unary.get(call.path)) is None:

@@ -16,33 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from seqserve import errors, show, tensors
+from seqserve import errors, samples, show
 from seqserve.client import Client
-from seqserve.results import Array, Model
+from seqserve.results import Model
 
 ROOT = Path(__file__).resolve().parent.parent
 START = 30.0  # seconds that a server may take until it serves
 STOP = 15.0  # seconds that it may take to drain; nothing is in flight then
-
-REVIEWS = (
-    "I went in expecting very little and came out humming; the two leads are a joy and the last half hour is superb.",
-    "Slow, muddled and far too long. I kept checking my watch, and the ending made me angry.",
-    "A small, warm film with a great heart. My whole family loved it, and we will watch it again.",
-    "The jokes are stale, the acting is wooden and the plot makes no sense at all. A complete waste of an evening.",
-)
-CAPTION = "A brown dog runs along the beach with a stick in its mouth."
-CAPTIONS = (
-    "Two men are playing chess in a park.",
-    "A little girl in a red dress is climbing a tree.",
-    "A man is riding a bicycle down a busy street.",
-)
-PIECES = ("I went in expecting very little; ", "the first hour is dull, ", "but the last is superb, and I loved every minute of it.")
-OTHERWISE = "and the last is worse. A complete waste of an evening."
-POST = "Just met Alicia Keys at the airport in London, on the way to the Empire State Building."
-OPENING = "ROMEO:\nWhat light is this that"
-CHANNELS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")  # a power transformer's loads and oil temperature
 
 
 class Failed(Exception):
@@ -151,20 +132,20 @@ def show_all(client: Client) -> None:
 
 def show_classify(client: Client, model: Model) -> None:
     began = time.perf_counter()
-    answers = client.classify(list(REVIEWS), model.name)
-    _title("Classify", f"{len(REVIEWS)} reviews in {_ms(began)}")
-    for text, answer in zip(REVIEWS, answers, strict=True):
+    answers = client.classify(list(samples.REVIEWS), model.name)
+    _title("Classify", f"{len(samples.REVIEWS)} reviews in {_ms(began)}")
+    for text, answer in zip(samples.REVIEWS, answers, strict=True):
         if not answer.label or abs(sum(answer.scores.values()) - 1) > 1e-3:
             raise Failed(f"the scores of {text!r} do not sum to 1: {answer.scores}")
         print(f"  {answer.label:8}  {answer.score:6.1%}  {text}")
 
 
 def show_stream(client: Client, model: Model) -> None:
-    _title("Translate, token by token", CAPTION)
+    _title("Translate, token by token", samples.CAPTION)
     began = time.perf_counter()
     first, text, whole = "", "", None
     print("  ", end="")
-    for piece in client.translate_stream(CAPTION, model=model.name):
+    for piece in client.translate_stream(samples.CAPTION, model=model.name):
         first = first or _ms(began)
         text += piece.text
         whole = piece.done
@@ -176,7 +157,7 @@ def show_stream(client: Client, model: Model) -> None:
 
 def show_beam(client: Client, model: Model) -> None:
     _title("Translate", "beam 5")
-    for caption in CAPTIONS:
+    for caption in samples.CAPTIONS:
         began = time.perf_counter()
         answer = client.translate(caption, beam=5, model=model.name)
         if not answer.text:
@@ -185,47 +166,47 @@ def show_beam(client: Client, model: Model) -> None:
 
 
 def show_forecast(client: Client, model: Model) -> None:
-    observed = observations()
+    observed = samples.observations()
     began = time.perf_counter()
     answer = client.forecast(observed, model=model.name)
     _title("Forecast", f"{len(answer.mean)} hours of {len(answer.channels)} channels in {_ms(began)}")
     if not np.isfinite(answer.mean).all() or not len(answer.mean):
         raise Failed(f"the forecast is not a series of numbers: {answer}")
-    print("\n".join(f"  {line}".rstrip() for line in show.forecast(observed, answer, CHANNELS)))
+    print("\n".join(f"  {line}".rstrip() for line in show.forecast(observed, answer, samples.CHANNELS)))
 
 
 def show_session(client: Client, model: Model) -> None:
     """A text read piece by piece; its fork, before the last piece, ends otherwise. Both end as the whole text is read."""
     began = time.perf_counter()
     with client.session(model.name, model.version) as s:
-        lines = [(piece, s.send(piece)) for piece in PIECES[:-1]]
+        lines = [(piece, s.send(piece)) for piece in samples.PIECES[:-1]]
         with s.fork() as fork:
-            lines += [(PIECES[-1], s.send(PIECES[-1])), ("… or: " + OTHERWISE, fork.send(OTHERWISE))]
+            lines += [(samples.PIECES[-1], s.send(samples.PIECES[-1])), ("… or: " + samples.OTHERWISE, fork.send(samples.OTHERWISE))]
     _title("A session that remembers", f"{len(lines)} turns and a fork in {_ms(began)}")
     for piece, answer in lines:
         print(f"  {answer.label:8}  {answer.score:6.1%}  {piece}")
-    for last, (_, answer) in zip((PIECES[-1], OTHERWISE), lines[-2:], strict=True):
-        whole = client.classify("".join(PIECES[:-1]) + last, model.name, model.version)
+    for last, (_, answer) in zip((samples.PIECES[-1], samples.OTHERWISE), lines[-2:], strict=True):
+        whole = client.classify("".join(samples.PIECES[:-1]) + last, model.name, model.version)
         if (answer.label, answer.score) != (whole.label, whole.score):
             raise Failed(f"read in pieces the text is {answer}, whole it is {whole}")
 
 
 def show_tag(client: Client, model: Model) -> None:
     began = time.perf_counter()
-    answer = client.tag(POST, model.name)
+    answer = client.tag(samples.POST, model.name)
     _title("Tag", f"{len(answer.spans)} names in {_ms(began)}")
     print(f"  {show.tagging(answer, colour=False)}")
     for span in answer.spans:
-        if POST[span.start : span.end] != span.text:
+        if samples.POST[span.start : span.end] != span.text:
             raise Failed(f"{span} is not where it is said to be")
 
 
 def show_generate(client: Client, model: Model) -> None:
     began = time.perf_counter()
     _title("Generate, symbol by symbol", "seed 1")
-    print("  " + OPENING.replace("\n", "\n  "), end="")
+    print("  " + samples.OPENING.replace("\n", "\n  "), end="")
     text, whole = "", None
-    for piece in client.generate_stream(OPENING, 0.7, seed=1, max_symbols=120, model=model.name):
+    for piece in client.generate_stream(samples.OPENING, 0.7, seed=1, max_symbols=120, model=model.name):
         text += piece.text
         whole = piece.done
         print(piece.text.replace("\n", "\n  "), end="", flush=True)
@@ -236,7 +217,7 @@ def show_generate(client: Client, model: Model) -> None:
 
 def show_digits(client: Client, model: Model) -> None:
     """An image sent as it is drawn, four of its rows a turn; in the end the answer is that of the whole image, to the bit."""
-    image = seven()
+    image = samples.seven()
     began = time.perf_counter()
     with client.session(model.name, model.version) as s:
         answers = [s.send({"rows": rows[None]})["probabilities"][0] for rows in image.reshape(7, 4, 28)]
@@ -250,7 +231,7 @@ def show_digits(client: Client, model: Model) -> None:
 def show_tensors(client: Client, model: Model) -> None:
     described = client.model_metadata(model.name)
     wanted = [t for t in described.inputs if t.name != "TEXT"] or described.inputs  # texts stand in place of the tensors
-    inputs = {t.name: example(t.datatype, t.shape) for t in wanted}
+    inputs = {t.name: samples.example(t.datatype, t.shape) for t in wanted}
     began = time.perf_counter()
     answer = client.infer(model.name, inputs)
     _title("Plain tensors (Open Inference Protocol)", f"{model.name} in {_ms(began)}, {answer.timing.rounds} rounds")
@@ -269,39 +250,6 @@ SHOWN: Mapping[str, tuple[Callable[[Client, Model], None], ...]] = {
     "forecast": (show_forecast,),
 }
 """What is asked, by what a model is for."""
-
-
-def seven() -> NDArray[np.uint8]:
-    """A seven as MNIST's lie in their images, grey [28, 28]: a bar, and a stroke that leans."""
-    y, x = np.mgrid[0:28, 0:28]
-    bar = np.abs(y - 6) / 1.8 + np.maximum(0, np.abs(x - 13.5) - 5.5)
-    stroke = np.abs(x - (18.5 - 0.45 * (y - 6))) / 1.8 + np.maximum(0, np.abs(y - 14) - 8)
-    return np.asarray(np.round(255 * np.clip(1.5 - np.minimum(bar, stroke), 0, 1)), np.uint8)
-
-
-def observations(steps: int = 96) -> NDArray[np.float32]:
-    """Made-up hourly readings of a transformer, steps × channels: a daily rhythm, a slow drift and some noise, in the
-    ranges that such a station has."""
-    hour = np.arange(steps)[:, np.newaxis]  # steps × 1
-    level = np.array([9.0, 2.5, 6.0, 1.2, 2.8, 0.9, 14.0])
-    swing = np.array([5.0, 1.2, 4.5, 0.9, 0.7, 0.25, 3.0])
-    peak = np.array([19.0, 19.0, 19.0, 19.0, 20.0, 20.0, 16.0])  # hour of the day
-    drift = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.5])
-    noise = np.random.default_rng(7).normal(0, 0.12, (steps, len(level)))
-    daily = np.cos((hour - peak) / 24 * 2 * np.pi) + 0.3 * np.cos((hour - peak) / 12 * 2 * np.pi)
-    return np.asarray(level + swing * (daily + noise) + drift * hour / steps, np.float32)
-
-
-def example(datatype: str, shape: Sequence[int]) -> Array:
-    """A small tensor of a model's datatype and shape: one row, twelve of any other length that varies."""
-    varying = iter([1])
-    lengths = [n if n >= 0 else next(varying, 12) for n in shape]
-    if datatype == tensors.BYTES:
-        return np.full(lengths, b"word", object)
-    dtype = tensors.DATATYPES[datatype]
-    count = int(np.prod(lengths))
-    values = np.linspace(-1, 1, count) if dtype.kind == "f" else np.arange(5, 5 + count)
-    return values.astype(dtype).reshape(lengths)
 
 
 def _title(title: str, note: str) -> None:

@@ -79,8 +79,8 @@ class Shelf:
 
     @property
     def shared(self) -> bool:
-        """Whether other servers may take a session up that is in memory here."""
-        return self._store.shared
+        """Whether other servers may take a session up that is in memory here: not where none is stored before it leaves."""
+        return self._store.shared and self.keeps
 
     def start(self) -> None:
         """Take up what survived, and begin to expire."""
@@ -147,7 +147,7 @@ class Shelf:
         return (self.errands is not None and self.errands.waits(id)) or self.sessions.live(id) is None
 
     def lives(self, id: str) -> bool:
-        if self._store.shared:
+        if self.shared:
             self._let_go(id)
         self._find(id)
         with self.changed:
@@ -245,7 +245,7 @@ class Shelf:
     def held(self, id: str) -> Iterator[Session]:
         """A session in memory, with the lock held; as it is now, where other servers write to it too. Raises as Sessions.find, or
         Gone where what is stored can't be taken up."""
-        if self._store.shared:
+        if self.shared:
             self._let_go(id)
         while True:
             self._find(id)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import seqserve
 from protos import seqserve_pb2 as pb
 from protos import sessions_pb2 as live
-from seqserve import cli, commands, demo, errors, inputs, show, tensors
+from seqserve import cli, commands, demo, errors, inputs, samples, show, tensors
 from tests import fakes
 from tests.fakes import CHANNELS, Fake, failure
 
@@ -40,7 +40,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 def series(tmp_path: Path) -> Path:
     """A CSV of 120 hours with dates, its channels in another order than the model's."""
     lines = ["date," + ",".join(reversed(CHANNELS))]
-    for hour, row in enumerate(demo.observations(120)):
+    for hour, row in enumerate(samples.observations(120)):
         lines.append(f"2026-01-{hour // 24 + 1:02} {hour % 24:02}:00," + ",".join(f"{v:.3f}" for v in reversed(row)))
     file = tmp_path / "series.csv"
     file.write_text("\n".join(lines) + "\n")
@@ -198,7 +198,7 @@ def test_forecast(fake: Fake, capsys: pytest.CaptureFixture[str], series: Path) 
     request = fake.requests[-1]
     assert isinstance(request, pb.ForecastRequest)
     sent = np.array(request.observations.values).reshape(-1, len(CHANNELS))
-    assert sent == pytest.approx(demo.observations(120)[-96:], abs=1e-3)
+    assert sent == pytest.approx(samples.observations(120)[-96:], abs=1e-3)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["last", "+1", "+6", "+12", "80%", "interval", "at", "+12"]
     assert [line.split()[0] for line in lines[1:8]] == list(CHANNELS)
@@ -570,5 +570,5 @@ def test_demo_with_a_server_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_example_tensors() -> None:
     """What varies gets one row and twelve steps, in every datatype."""
     for datatype in (*tensors.DATATYPES, "BYTES"):
-        assert tensors.pack("x", demo.example(datatype, (-1, -1)))[:2] == (datatype, (1, 12))
-    assert demo.example("FP32", (-1, -1, 7)).shape == (1, 12, 7)
+        assert tensors.pack("x", samples.example(datatype, (-1, -1)))[:2] == (datatype, (1, 12))
+    assert samples.example("FP32", (-1, -1, 7)).shape == (1, 12, 7)

@@ -375,7 +375,17 @@ def test_the_wait_is_what_was_asked_for_and_fits(tries: int, limit: int, left: f
         assert wait is not None or tries > limit or (after or 0) + retry.LONGEST >= left
 
 
-@given(st.sampled_from([seqserve.InvalidInput, seqserve.TooLarge, seqserve.ServerError, seqserve.DeadlineExceeded, seqserve.Cancelled]))
+def test_what_a_server_or_proxy_cancelled_is_sent_again() -> None:
+    """A call cancelled on the way, as by a server that stops, is tried again; once its client is closed, none is."""
+    closed = False
+    tries = retry.Tries(5, 10.0, clock=lambda: 0.0, chance=lambda: 0.0, closed=lambda: closed)
+    assert tries.after(seqserve.Cancelled("")) == 0.0
+    closed = True
+    assert tries.after(seqserve.Cancelled("")) is None
+    assert tries.after(seqserve.Unavailable("")) is None
+
+
+@given(st.sampled_from([seqserve.InvalidInput, seqserve.TooLarge, seqserve.ServerError, seqserve.DeadlineExceeded]))
 def test_other_failures_stand(kind: type[seqserve.Error]) -> None:
     """What a second try can't change is not tried again, whatever the server says."""
     assert retry.delay(kind("", retry_after=0.0), 1, 10, 1e6, 0.0) is None

@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
 import seqserve
+from protos import sessions_pb2 as pb
 from server.app import App
 from server.catalog import Catalog
 from server.config import Config
@@ -73,8 +75,12 @@ def values(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
 
 def test_counts_what_was_done(app: App) -> None:
     """Known calls and turns are counted as often as they were made: by task, model, session, place, and why they were refused."""
-    with seqserve.Client(f"localhost:{app.port}") as client:
+    with seqserve.Client(f"127.0.0.1:{app.port}") as client:
         client.classify(["A good film.", "A bad film."])
+        with client.session("sentiment", id="again"), grpc.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+            turn = pb.TurnRequest(session="again", turn=1, text="One. ").SerializeToString()
+            answers = {channel.unary_unary("/seqserve.v1.Sessions/Turn")(turn) for _ in range(3)}
+            assert len(answers) == 1
         with client.session("sentiment", id="first", close=False) as first:
             first.send("A slow start, ")
             first.send("but superb. ")
@@ -84,14 +90,15 @@ def test_counts_what_was_done(app: App) -> None:
         with pytest.raises(seqserve.NotFound):
             client.classify("x", model="nothing")
         counted = values(app.metrics.registry)
-    assert counted["seqserve_task_seconds_count", "classify", "sentiment", "1"] == 2 + 4
-    assert counted["seqserve_sequences_total", "sentiment", "1", "answered"] == 2 + 4
+    assert counted["seqserve_task_seconds_count", "classify", "sentiment", "1"] == 2 + 5
+    assert counted["seqserve_sequences_total", "sentiment", "1", "answered"] == 2 + 5
     assert counted["seqserve_busy_seconds_total", "sentiment", "1"] == counted["seqserve_round_seconds_sum", "sentiment", "1"] > 0
-    assert counted["seqserve_turns_total", "applied"] == 4
-    assert counted["seqserve_turns_total", "replayed"] == 0
-    assert counted["seqserve_sessions_begun_total", "opened"] == counted["seqserve_sessions_begun_total", "forked"] == 1
+    assert counted["seqserve_turns_total", "applied"] == 5
+    assert counted["seqserve_turns_total", "replayed"] == 2
+    assert counted["seqserve_sessions_begun_total", "opened"] == 2
+    assert counted["seqserve_sessions_begun_total", "forked"] == 1
     assert counted["seqserve_sessions_begun_total", "resumed"] == 1  # the fork had sent it to the store
-    assert counted["seqserve_sessions_ended_total", "closed"] == 1
+    assert counted["seqserve_sessions_ended_total", "closed"] == 2
     assert counted["seqserve_sessions", "memory"] + counted["seqserve_sessions", "store"] == 1
     assert counted["seqserve_refusals_total", "UNKNOWN_MODEL"] == 1
     assert counted["seqserve_workers",] == 1

@@ -50,15 +50,8 @@ def test_python(code: str, served: Served, capsys: pytest.CaptureFixture[str]) -
 
 def test_make_targets() -> None:
     """Every `make` command that the README names exists."""
-    named = set(re.findall(r"make (\w+)", README)) - {"and"}
+    named = set(re.findall(r"make ([\w-]+)", README)) - {"and"}
     assert {"serve", "test", "demo", "quality"} <= named
     for target in named:
         ran = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
-
-
-def test_links() -> None:
-    """Every file that the README or ARCHITECTURE links to is there."""
-    for page in ("README.md", "ARCHITECTURE.md"):
-        for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8")):
-            assert (ROOT / link).exists(), f"{page}: {link}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -21,6 +21,7 @@ from server.records import (
     INLINE_BYTES,
     OTHER_FORMAT,
     SHORT,
+    Packed,
     Page,
     Record,
     Stored,
@@ -30,6 +31,7 @@ from server.records import (
     fits,
 )
 from server.sessions import WINDOW, Answered, Kept
+from server.states import Rows
 
 TEXT = st.text(max_size=20)
 SECONDS = st.floats(0, 1e10, allow_nan=False)
@@ -92,6 +94,7 @@ class Shelf:
         return decode(self.value, self.values.get)
 
 
+@settings(deadline=None)
 @given(records())
 def test_what_is_written_is_read_back(record: Record) -> None:
     """A session of any names, arrays and replies comes back bit for bit, and the arrays can be written to."""
@@ -103,6 +106,7 @@ def test_what_is_written_is_read_back(record: Record) -> None:
     assert all(a.flags.writeable and a.flags.aligned and a.flags.owndata for a in found.record.arrays or ())
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60), st.sampled_from([0, 30, 700, 5000])), max_size=30))
 def test_turns_and_acknowledgements_in_any_order(steps: list[tuple[int, int, int]]) -> None:
     """Over any course of commits and acknowledgements the replies kept are those after the last acknowledged, no page is left
@@ -170,6 +174,7 @@ def test_every_flipped_byte_is_refused() -> None:
                 assert refused.value.reason in expected
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.booleans(), st.sampled_from([1, 2, 3]))
 def test_no_bytes_bring_the_reader_down(body: bytes, sealed: bool, kind: int) -> None:
     """Any bytes, even such that carry a right checksum, are a session or refused, for a record and for a page."""
@@ -183,6 +188,7 @@ def test_no_bytes_bring_the_reader_down(body: bytes, sealed: bool, kind: int) ->
             decode(value, {shelf.pages[0].first: body}.get)
 
 
+@settings(deadline=None)
 @given(st.integers(16, 10_000), st.binary(min_size=1, max_size=8))
 def test_contents_that_make_no_sense_are_refused(at: int, other: bytes) -> None:
     """A record with a right checksum over changed contents is a session or refused, never another error."""
@@ -244,3 +250,18 @@ GOLDEN = (
     "004000004040000080400000a0400000c0400000e04004010100000000000000020000000000000002090000006431746865207265706c790209000000643274"
     "6865207265706c79"
 )
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), st.integers(0, 2), st.integers(1, 4)), min_size=1))
+def test_rows_of_a_bank_at_once(rows: int, states: list[tuple[str, int, int]]) -> None:
+    """A bank's rows put into bytes together make the records that each row's own arrays make, wherever the rows lie."""
+    rng = np.random.default_rng(rows)
+    axes = tuple(axis for _, axis, _ in states)
+    shapes = [tuple(rows if at == axis else size + at for at in range(3)) for axis, (_, _, size) in zip(axes, states, strict=True)]
+    bank = tuple(rng.integers(0, 2, shape).astype(DTYPES[name]) for shape, (name, _, _) in zip(shapes, states, strict=True))
+    packed = Packed(axes, bank)
+    kept = Kept("s", "model", "1", "sha256:0", 60.0)
+    for row in range(rows):
+        arrays = Rows(axes, bank, row, 1).arrays()
+        assert encode(Record(kept, 1.0, None, "", (packed.count, packed.row(row)))) == encode(Record(kept, 1.0, arrays))

@@ -33,7 +33,7 @@ from server.keys import Keys
 from server.metrics import Metrics
 from server.quotas import Quota, Tenant
 from server.rpc.answer import Desk
-from tests import models
+from tests import models, pins
 from tests.process import ROOT, Served, reason, serve
 from tests.test_server import tokens_request
 from tests.test_turns import Calls, scores, turn
@@ -689,6 +689,19 @@ def test_a_key_file_of_the_client(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ValueError, match="holds no key"):
             access.read_key(file)
+
+
+def test_what_is_not_pinned_is_told() -> None:
+    """The audit's ground: a package that is installed, or wanted, and not pinned at its version is named."""
+    project = {"dependencies": ["numpy>=2"], "optional-dependencies": {"dev": ["types_x[all]>=1", "ruff"]}}
+    good = "numpy==2.1\ntypes-x==1.0  # why\nruff==0.1\n"
+    installed = [("NumPy", "2.1"), ("types-x", "1.0"), ("torch", "2.0+cpu"), ("pip", "25")]
+    assert pins.faults(installed[:2], good, project) == []
+    assert pins.faults(installed, good + "torch==2.0\n", project) == []
+    assert "torch 2.0+cpu is installed and not" in pins.faults(installed, good, project)[0]
+    assert "constraints.txt has 2.1" in pins.faults([("numpy", "2.2")], good, project)[0]
+    assert "pyproject.toml names ruff" in pins.faults([], good.replace("ruff==0.1", ""), project)[0]
+    assert "is no NAME==VERSION" in pins.faults([], good + "flask>=3\n", project)[0]
 
 
 def test_every_refusal_has_a_status() -> None:

@@ -128,6 +128,21 @@ if REDIS:
             expected = infer[0](inference(tokens)).raw_output_contents[0]
             assert made == expected
 
+    def test_a_store_that_is_asked_for_nothing(place: tuple[Path, list[Served]]) -> None:
+        """With durability none nothing of a session is in Redis until its server stops; then the others have it."""
+        library, servers = place
+        address = str(servers[1].process.args[servers[1].process.args.index("--store") + 1])  # type: ignore[union-attr,index,arg-type]
+        with serve(library, "--store", address, "--durability", "none") as server:
+            calls = Calls(server)
+            a = calls.new()
+            first = calls.turn(turn(a, 1, [1]))
+            with pytest.raises(grpc.RpcError) as gap:
+                calls.turn(turn(a, 3, [3]))
+            assert reason(gap.value)[1] == "GAP"
+            assert calls.get(pb.SessionName(session=a)).turn == 1
+            assert server.terminate() == 0
+        assert Calls(servers[0]).turn(turn(a, 1, [1])) == first
+
     def test_a_server_goes_and_the_other_goes_on(place: tuple[Path, list[Served]]) -> None:
         """Killed with kill -9 amid its turns: the other server has every answered turn of its sessions."""
         library, servers = place

@@ -79,13 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     scores = ", ".join(f"{name} {value:.4f}" for name, value in summary["scores"].items())
     print(f"{asked.task}: best at epoch {summary['epoch']:g} of {config.run.epochs}: {scores}")
-    print(f"next: python -m export {out} --out models/{asked.task}/1")
+    print("next: " + training.next.format(out=out, task=asked.task))
     return 0
 
 
 def _command(given: Sequence[str]) -> str:
     """The command for the record. Directories of one machine mean nothing on another: --data becomes DIR, and of other
     absolute paths the last part stays."""
+    from training import config as configs
+
     kept: list[str] = []
     for word in _words(given):
         before = kept[-1] if kept else ""
@@ -95,6 +97,9 @@ def _command(given: Sequence[str]) -> str:
             word = f"runs/{Path(word).name}"
         elif before == "--config" and Path(word).is_absolute():
             word = Path(word).name
+        elif before == "--set" and word.startswith("init."):
+            key, _, path = word.partition("=")
+            word = f"{key}={configs.portable(path)}"
         kept.append(word)
     return " ".join(["python -m training", *(w for w in kept if w not in ("--resume", "--no-progress"))])
 

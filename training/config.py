@@ -90,8 +90,11 @@ class Config:
     run: Run = field(default_factory=Run)
 
     def plain(self) -> dict[str, Any]:
-        """The configuration as nested dicts of plain values; `init` only where it says something."""
-        return {key: value for key, value in asdict(self).items() if value or key != "init"}
+        """The configuration as nested dicts of plain values; `init` only where it says something, its paths for any machine."""
+        plain = {key: value for key, value in asdict(self).items() if value or key != "init"}
+        if self.init:
+            plain["init"] = {key: portable(value) for key, value in self.init.items()}
+        return plain
 
     def to_toml(self) -> str:
         sections = self.plain()
@@ -100,6 +103,11 @@ class Config:
             if isinstance(table, dict):
                 lines += _table(name, table)
         return "\n".join(lines) + "\n"
+
+
+def portable(path: Any) -> Any:
+    """An absolute path as runs/ and its last part, as directories of one machine mean nothing on another."""
+    return f"runs/{Path(path).name}" if isinstance(path, str) and Path(path).is_absolute() else path
 
 
 def load(task: str, name: str | Path | None = None, settings: Iterable[str] = ()) -> Config:

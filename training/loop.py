@@ -42,6 +42,8 @@ class Training(lightning.LightningModule):
     monitor_mode: str = "min"
     starts: bool = False
     """Whether the task reads the configuration's `init`."""
+    next: str = "python -m export {out} --out models/{task}/1"
+    """The command that usually follows."""
 
     def __init__(self, model: nn.Module, dims: Mapping[str, Any], config: Config) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ It knows the language model, its sampled loss and its training. It must not know
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,12 @@ class ReviewModel(nn.Module):
         vocabulary, drawn = self.dims.vocabulary, len(others)
         right = (looked * self.embedding(wanted)).sum(-1) + self.bias[wanted]  # [n]
         rest = functional.linear(looked, self.embedding(others), self.bias[others])  # [n, m]
-        right = right.float()  # lessening it too, as some do, ranks frequent words too high: 9.3 nats in place of RIGHT
+        right = right.float()  # lessening it too, as some do, is right only for words drawn at most once
         rest = rest.float() - torch.log(drawn * likelihood(others, vocabulary))
         rest = rest.masked_fill(wanted[:, None] == others, -math.inf)
         every = torch.cat([right[:, None], rest], 1)
-        return (every.logsumexp(1) - right).mean()
+        loss: Tensor = (every.logsumexp(1) - right).mean()
+        return loss
 
 
 def likelihood(words: Tensor, vocabulary: int) -> Tensor:
@@ -114,6 +115,8 @@ def draw(count: int, vocabulary: int, device: torch.device) -> Tensor:
 
 class ReviewTraining(Training):
     """Validation loss: nats a word over the whole vocabulary. The state of each lane lives here between chunks."""
+
+    next = "python -m training sentiment --set init.from={out}"
 
     def __init__(self, model: ReviewModel, config: Config, settings: Data, train: Documents, validation: Documents) -> None:
         super().__init__(model, asdict(model.dims), config)
@@ -189,6 +192,15 @@ def joined(encoded: Sequence[np.ndarray[Any, Any]], together: int) -> Documents:
         return np.concatenate([mark, *(part for review in some for part in (review, mark))])
 
     return Documents([document(encoded[i : i + together]) for i in range(0, len(encoded), together)])
+
+
+def rebuild(dims: Mapping[str, Any]) -> ReviewModel:
+    return ReviewModel(Dims(**dims)).eval()
+
+
+def parts(model: nn.Module) -> Mapping[str, nn.Module]:
+    """Raises ValueError, which export tells."""
+    raise ValueError("a pre-training run has no graph of its own: train sentiment with --set init.from=RUN, then export that")
 
 
 def prepare(config: Config, data: Path | None, out: Path) -> ReviewTraining:

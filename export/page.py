@@ -28,7 +28,7 @@ HEAD = """# Every system, and how good it is
 
 <!-- written by make models-page -->
 
-A recurrent network reads and writes in one of five shapes; here is a served system for each. Figures are of test sets by
+A recurrent network reads and writes in one of five shapes; here is at least one served system for each. Figures are of test sets by
 which no weights were chosen, measured twice by `make quality`: offline, and over gRPC as users ask. A value that misses its floor
 fails that command. Times, negative results and what was tried are in [log.md](log.md).
 """

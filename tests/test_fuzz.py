@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from protos import inference_pb2 as pb
 from tests import fuzz
 
 QUICK = settings(
@@ -50,6 +51,17 @@ def test_sockets(field: fuzz.Field) -> None:
 def test_bundles(field: fuzz.Field, library: Path) -> None:
     """Broken bundles and ONNX files are refused, or served with typed answers; the models beside them go on."""
     settings(QUICK, max_examples=40)(given(fuzz.bundles())(lambda case: fuzz.load(field, library, case)))()
+    field.check()
+
+
+def test_what_was_found(field: fuzz.Field, library: Path) -> None:
+    """What nonsense has brought to light, once more: a description with null for a file, a name too long for any file."""
+    description = fuzz.ORIGINALS["speaker", "bundle.json"]
+    for word in (b"null", b"7", b'"' + b"a" * 300 + b'"', b"[]", b"{}"):
+        fuzz.load(field, library, ("speaker", "bundle.json", description.replace(b'"vocabulary.json"', word)))
+    long = pb.RepositoryModelLoadRequest(model_name="a" * 300)
+    field.throw("/inference.GRPCInferenceService/RepositoryModelLoad", [long.SerializeToString()])
+    field.throw("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", [b"\xff"])
     field.check()
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from protos import inference_pb2 as pb
 from tests.figures import bench_bare as bare
-from tests.figures.bench_lines import LINES, Line, data, lengths
+from tests.figures.bench_lines import IDLE, LINES, Line, data, lengths
 from tests.figures.bench_models import WIDTH, model_a, model_b
 from tests.figures.bench_peer import peer
 from tests.figures.bench_report import markdown, plot, summary
@@ -35,7 +35,6 @@ from tests.figures.bench_tools import Load, Measured, analysed, cpu, resident
 from tests.process import ROOT, serve
 from training.data import DataError, multi30k
 
-IDLE = ("sentiment", "translator", "forecaster")
 
 PEER = "Triton, Python backend"
 

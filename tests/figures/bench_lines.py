@@ -37,6 +37,7 @@ class Line:
     bar: str = ""  # NVIDIA Triton 2.51, its ONNX Runtime backend in C++, on another machine of this kind
 
 
+IDLE = ("sentiment", "translator", "forecaster")  # what the idle server serves
 LINES = (
     Line("a32-1", "model_a", 1, lengths="32", bare="A alone", aim="p50 ≤ 0.75 ms", bar="p50 0.78 ms"),
     Line("a32-32", "model_a", 32, lengths="32", bare="A t=32", times=1.3, aim="5,200/s", bar="4,500/s, 15 ms"),

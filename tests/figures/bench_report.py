@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.figures.bench_lines import LINES, TITLES
+from tests.figures.bench_lines import IDLE, LINES, TITLES
 
 if TYPE_CHECKING:
     from tests.figures.bench import Results
@@ -76,7 +76,7 @@ def markdown(results: Results, repeats: int, window: float) -> str:
         *("|" + "|".join(row) + "|" for row in rows(results)),
     ]
     for title, (mb, share) in results.idle.items():
-        parts += ["", f"Idle with sentiment, translator and forecaster, {title}: {mb:.0f} MB, {share:.1%} of a core (aim: ≤ 150 MB, < 1 %)."]
+        parts += ["", f"Idle with {', '.join(IDLE)}, {title}: {mb:.0f} MB, {share:.1%} of a core (aim: ≤ 150 MB, < 1 %)."]
     if results.chunk:
         parts += ["", f"One chunk, 32 rows × 32 tokens of A alone on one core: {statistics.median(results.chunk):.1f} ms."]
     return "\n".join(parts)

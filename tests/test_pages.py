@@ -83,3 +83,10 @@ def test_links(file: Path) -> None:
         if heading and there.suffix == ".md":
             titles = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}, f"{link}#{heading}"
+
+
+def test_the_readme_names_every_model() -> None:
+    """The README's table has each shipped bundle, and its heading in docs/models.md."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| \[(\w+)\]\(docs/models\.md#\1\)", readme, re.MULTILINE))
+    assert named == {d.name for d in (ROOT / "models").iterdir() if d.is_dir()}

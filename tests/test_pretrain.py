@@ -215,3 +215,16 @@ def test_a_run_without_init_says_nothing_of_it() -> None:
     assert json.loads(json.dumps(asked.plain()))["init"] == {"from": "runs/some"}
     again: dict[str, Any] = tomllib.loads(asked.to_toml())
     assert config.parse(again) == asked
+
+
+@pytest.mark.parametrize("name", ["pretrained", "gpu"])
+def test_configurations_that_follow_each_other_fit(name: str) -> None:
+    """Size, seed and hold-out of each sentiment configuration are those of the pre-training that it names."""
+    after = config.load("sentiment", name)
+    before = config.load("pretrain", Path(str(after.init["from"])).name.removeprefix("pretrain").lstrip("-") or None)
+    one, other = config.section(Dims, {"vocabulary": 9, **before.model}, "model"), config.section(
+        sentiment.Dims, {"vocabulary": 9, **after.model}, "model"
+    )
+    assert (one.embedding, one.hidden, one.layers) == (other.embedding, other.hidden, other.layers)
+    first, second = config.section(pretrain.Data, before.data, "data"), config.section(sentiment.Data, after.data, "data")
+    assert (before.seed, first.kind, first.validation) == (after.seed, second.kind, second.validation)

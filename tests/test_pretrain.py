@@ -222,8 +222,9 @@ def test_configurations_that_follow_each_other_fit(name: str) -> None:
     """Size, seed and hold-out of each sentiment configuration are those of the pre-training that it names."""
     after = config.load("sentiment", name)
     before = config.load("pretrain", Path(str(after.init["from"])).name.removeprefix("pretrain").lstrip("-") or None)
-    one, other = config.section(Dims, {"vocabulary": 9, **before.model}, "model"), config.section(
-        sentiment.Dims, {"vocabulary": 9, **after.model}, "model"
+    one, other = (
+        config.section(Dims, {"vocabulary": 9, **before.model}, "model"),
+        config.section(sentiment.Dims, {"vocabulary": 9, **after.model}, "model"),
     )
     assert (one.embedding, one.hidden, one.layers) == (other.embedding, other.hidden, other.layers)
     first, second = config.section(pretrain.Data, before.data, "data"), config.section(sentiment.Data, after.data, "data")

@@ -657,7 +657,7 @@ def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("front", ["queue", "public"])
 def test_mutual_tls(front: str, certificates: Certificates, library: Path) -> None:
-    """With an authority for clients, only who has its certificate is answered, by client, asyncio's twin and the command."""
+    """With an authority for clients, only who has its certificate is answered, by client and command."""
     pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))
     with serve(library, "--front", front, *pair, "--tls-client-ca", str(certificates.ca)) as server:
         with client_of(server, ca=certificates.ca, cert=certificates.client, key=certificates.client.with_suffix(".key")) as client:

@@ -30,7 +30,6 @@ if REDIS is None:
     print("test_two_servers.py: no redis-server on this machine, nothing of it is tested", file=sys.__stderr__)
 
 
-
 @pytest.fixture(scope="module")
 def place() -> Iterator[tuple[Path, list[Served]]]:
     with tempfile.TemporaryDirectory(prefix="sq") as name, ExitStack() as stack:

@@ -35,7 +35,6 @@ from tests.figures.bench_tools import Load, Measured, analysed, cpu, resident
 from tests.process import ROOT, serve
 from training.data import DataError, multi30k
 
-
 PEER = "Triton, Python backend"
 
 

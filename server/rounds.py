@@ -63,6 +63,7 @@ class Limits:
     chunk: int = 32  # steps of one round: the longest that a newcomer waits for is rows × chunk
     share: int = 8  # fewest rows worth giving a worker of its own
     queue: int = 1024  # tickets waiting or running
+    wait: float = 10.0  # seconds that what is here may take before newcomers are refused
     workers: int = 1
 
 
@@ -83,12 +84,7 @@ class Rounds(Generic[T]):
 
     def admit(self, ticket: T, now: float) -> None:
         """Take a newcomer, or raise Overloaded with when to come back."""
-        if self.tickets >= self.limits.queue:
-            wait = self.expected_wait()
-            raise Overloaded(
-                "QUEUE_FULL", f"{self.tickets} requests are waiting, the most this model queues; send again in {wait:.2f} s",
-                retry_after=wait, waiting=self.tickets, limit=self.limits.queue,
-            )  # fmt: skip
+        self.check()
         self.tickets += 1
         self.waiting_steps += ticket.rows * ticket.remaining
         if ticket.deadline is not None:
@@ -97,6 +93,22 @@ class Rounds(Generic[T]):
                 heapq.heapify(self._deadlines)
             heapq.heappush(self._deadlines, (ticket.deadline, next(self._tie), ticket))
         self._wait(ticket)
+
+    def check(self) -> None:
+        """Raise Overloaded where a newcomer would find the queue full, or wait longer than it is allowed to. A full round's
+        tickets are always let in: one long sequence must not shut out everyone else."""
+        limits = self.limits
+        if self.tickets >= limits.queue:
+            wait = self.expected_wait()
+            raise Overloaded(
+                "QUEUE_FULL", f"{self.tickets} requests are waiting, the most this model queues; send again in {wait:.2f} s",
+                retry_after=wait, waiting=self.tickets, limit=limits.queue,
+            )  # fmt: skip
+        if self.tickets >= limits.rows and (wait := self.expected_wait()) > limits.wait:
+            raise Overloaded(
+                "QUEUE_LONG", f"what waits here takes {wait:.2f} s, more than the {limits.wait:g} s a request may wait; send again then",
+                retry_after=wait, waiting=self.tickets, limit=f"{limits.wait:g} s",
+            )  # fmt: skip
 
     def expected_wait(self) -> float:
         """Seconds until what is here now is done, by the measured cost of a step; at least 10 ms."""

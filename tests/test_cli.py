@@ -434,7 +434,6 @@ def test_text_that_is_not_utf8(fake: Fake, capsys: pytest.CaptureFixture[str], m
         (failure(Code.RESOURCE_EXHAUSTED, "full", "QUEUE_FULL", retry=1000.0), 1, "try again in 1000 s"),
         (failure(Code.DEADLINE_EXCEEDED, "too late"), 1, "--timeout"),
         (failure(Code.UNIMPLEMENTED, "no such method"), 1, "of this release"),
-        (failure(Code.CANCELLED, "stopped"), 1, "cancelled"),
         (failure(Code.INTERNAL, "bug"), 1, "its log says more"),
     ],
 )

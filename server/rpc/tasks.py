@@ -175,6 +175,7 @@ class Tasks:
             raise InvalidInput(
                 "WRONG_TASK", f"model {model.name!r} can {model.bundle.kind}, not {kind}", model=model.name, task=model.bundle.kind
             )
+        model.engine.rounds.check()  # before the text is read: that costs several times what a refusal does
         return model, model.task
 
     def _translator(self, request: pb.TranslateRequest) -> tuple[Model, Translator]:

@@ -188,9 +188,13 @@ class Inference:
                 return
             if given.end:
                 self._ending[id] = []
+        self._send(step)
+
+    def _send(self, step: _Step) -> None:
+        """Take a request whose turn it is."""
         errands = self._shelf.errands
-        if errands is not None and (given.start or self._shelf.waits(id)):  # a store that takes its time is to be asked
-            errands.run((id,), lambda: self._begin_apart(step))
+        if errands is not None and (step.given.start or self._shelf.waits(step.id)):  # a store that takes its time is to be asked
+            errands.run((step.id,), lambda: self._begin_apart(step))
         else:
             self._begin(step)
 
@@ -209,7 +213,7 @@ class Inference:
                 errands.run((step.id,), lambda: self._begin_apart(step))  # another server may have gone on with the session
                 return
             if step.given.end:
-                self._ended(step.id)
+                self.ended(step.id)
             raise
 
     def _take(self, step: _Step, sure: bool) -> None:
@@ -223,23 +227,28 @@ class Inference:
                 self._shelf.open(step.face.model.name, step.face.model.version, id)
         self._turns.turn(id, turn, b"" if turn is None else _digest(step.request), step, None, sure=sure)
 
-    def over(self, id: str, ended: bool, caller: Caller | None) -> None:
-        """The request that ends a sequence was run, or refused: where it ran the session behind it ends."""
-        try:
-            if ended and self._shelf.lives(id):
-                self._turns.close(id)
-                gate.left(caller)
-        finally:
-            self._ended(id)
+    def end(self, id: str, caller: Caller | None) -> None:
+        """The request that ends a sequence ran: the session behind it ends."""
+        if self._shelf.lives(id):
+            self._turns.close(id)
+            gate.left(caller)
 
-    def _ended(self, id: str) -> None:
-        with self._lock:
-            behind = self._ending.pop(id, [])
-        for step in behind:
+    def ended(self, id: str) -> None:
+        """The request that ends a sequence was answered: what came behind it has its turn, up to the next that ends one. Until
+        that line is empty whoever comes joins its end, or it would overtake."""
+        while True:
+            with self._lock:
+                behind = self._ending[id]
+                if not behind:
+                    del self._ending[id]
+                    return
+                step = behind.pop(0)
             try:
-                self._step(step.request, step.given, step.face, step.chosen, step.answer)
+                self._send(step)
             except Exception as e:  # each has a caller of its own
                 step.answer.fail(e)
+            if step.given.end:
+                return
 
     def plan(self, step: _Step, rest: str) -> Plan:
         """How a sequence's request is run."""
@@ -310,13 +319,17 @@ class _Step(Turn):
     def told(self, reply: bytes | ServeError) -> None:
         refused = isinstance(reply, ServeError)
         try:
-            if self.given.end:  # before the answer: after it, its caller may begin the id anew
-                self.inference.over(self.id, not refused, self.answer.caller)
+            if self.given.end and not refused:  # before the answer: after it, its caller may begin the id anew
+                self.inference.end(self.id, self.answer.caller)
         finally:
-            if isinstance(reply, ServeError):
-                self.answer.fail(reply)
-            else:
-                self.answer.done_bytes(reply)
+            try:
+                if isinstance(reply, ServeError):
+                    self.answer.fail(reply)
+                else:
+                    self.answer.done_bytes(reply)
+            finally:
+                if self.given.end:
+                    self.inference.ended(self.id)
 
 
 class _Rows:

@@ -86,8 +86,8 @@ class _Stream(Receiver):
     def refuse(self, error: Exception) -> bool:
         """Whether an error ends the stream, as its caller wished."""
         if self._strict:
+            self._answer.fail(error)  # first, or the caller's own end of the stream could end it well in between
             self._gone()
-            self._answer.fail(error)
         return self._strict
 
     def _gone(self) -> None:

@@ -9,7 +9,7 @@ ENGINE ?= docker
 TARGET ?= server
 RUN ?=
 
-.PHONY: serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
+.PHONY: turn-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -49,6 +49,9 @@ series: setup-dev       ## the forecaster beside simpler methods on five data se
 
 crash: setup-dev        ## live sessions under kill -9: nothing lost, nothing doubled; RUN="--store redis"
 	$(BIN)/python -m tests.figures.crash $(RUN)
+
+turn-cost: setup-dev    ## the server's own Python a turn and a call, one thread, no gRPC; RUN=--profile
+	$(BIN)/python -m tests.figures.turn_cost $(RUN)
 
 bench-sessions: setup-dev ## what a turn costs, every store side by side; RUN="--open 0 --repeats 1" is shorter
 	$(BIN)/python -m tests.figures.sessions_bench $(RUN)

@@ -80,6 +80,10 @@ class Engine:
         DeadlineExceeded where it can't be taken."""
         self._workers.submit(self, sequence, deadline)
 
+    def check(self) -> None:
+        """Raise Overloaded where a newcomer would be refused now: to be asked before its request is read at any cost."""
+        self.rounds.check()
+
     def cancel(self, sequence: Sequence) -> None:
         """The caller has gone: free the rows, say nothing to anyone."""
         self._workers.cancel(self, sequence)

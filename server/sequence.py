@@ -182,7 +182,16 @@ def stack(graph: Graph, sequences: Listed[Sequence], steps: int) -> dict[str, Ar
                 axis = tensor.batch_axis
                 feeds[tensor.name] = parts[0] if len(parts) == 1 or axis is None else np.concatenate(parts, axis)
     if graph.states:
-        rows = [s.state if s.state is not None else fresh(graph, s.rows) for s in sequences]
+        one: Rows | None = None  # a fresh row, which all who begin alone start from
+        rows: list[Rows] = []
+        for s in sequences:
+            if s.state is not None:
+                rows.append(s.state)
+            elif s.rows > 1:
+                rows.append(fresh(graph, s.rows))
+            else:
+                one = one or fresh(graph, 1)
+                rows.append(one)
         for state, array in zip(graph.states, stack_states(rows), strict=True):
             feeds[state.input] = array
     return feeds

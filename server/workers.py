@@ -25,7 +25,6 @@ from server.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
-ENOUGH = 64  # rows: what one round takes by default
 BRIEF = 0.01  # seconds: the longest round that the thread which brings work runs itself: so long it hears of nothing new
 WORTH = 0.001  # seconds of running, over all workers, that a sequence must need in all to be worth handing over
 
@@ -49,6 +48,7 @@ class Workers:
         self._attendant = 0  # the thread that attends
         self._attending = False  # it is about: it will look for brief rounds before it sleeps
         self._brought = 0  # rows, since it last looked
+        self._full = 1  # rows that one round takes
         self._asleep = 0
         self._stopping = False
         self._draining = False
@@ -62,6 +62,7 @@ class Workers:
     def add(self, engine: Engine) -> None:
         with self._wake:
             self._engines = [*self._engines, engine]
+            self._full = engine.rounds.limits.rows
 
     def remove(self, engine: Engine) -> None:
         with self._wake:
@@ -136,7 +137,7 @@ class Workers:
     @property
     def enough(self) -> bool:
         """Whether the attendant brought a full round's rows since it last looked."""
-        return self._brought >= ENOUGH
+        return self._brought >= self._full
 
     def brief(self) -> bool:
         """Run one brief round in this thread. False where there is none: then workers were woken for what else there is, and
@@ -256,7 +257,8 @@ class Workers:
                     continue
                 (again if s.going else answered).append(s)
         self._leave(engine, answered, "answered")
-        engine.ran(seconds, len(answered))
+        with self._wake:
+            engine.ran(seconds, len(answered))
         try:
             self.after_round()
         except Exception:  # what is done for some sequences of a round must not keep the others from going on

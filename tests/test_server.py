@@ -300,6 +300,21 @@ def test_a_full_queue(library: Path, front: str) -> None:
 
 
 @pytest.mark.parametrize("front", ["queue", "public"])
+def test_a_long_queue(library: Path, front: str) -> None:
+    """Past a full round, who would wait longer than anyone may is refused with how long it takes; the others are answered."""
+    with serve(library, "--front", front, "--max-wait", "0.001", "--max-rows", "1", "--chunk", "1") as server:
+        infer = server.method(INFER, pb.ModelInferResponse)
+        calls = [infer.future(tokens_request(np.ones((1, 190)), "heavy")) for _ in range(20)]
+        refused = [e for e in (call.exception() for call in calls) if e is not None]
+        assert 0 < len(refused) < 20
+        for error in refused:
+            code, why, _, delay = reason(error)
+            assert (code.name, why) == ("RESOURCE_EXHAUSTED", "QUEUE_LONG")
+            assert delay is not None
+            assert delay > 0.001
+
+
+@pytest.mark.parametrize("front", ["queue", "public"])
 def test_sigterm_drains(library: Path, front: str) -> None:
     """On SIGTERM what runs is answered, what comes too late is told to go elsewhere, watchers are told, exit status 0."""
     with serve(library, "--front", front) as server:

@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader
 from contract import bundle
 from contract.bundle import State as Carried
 from contract.text import Vocabulary, of_letters
+from training.carried import CarriedTraining, State
 from training.config import Config, ConfigError, section
 from training.data import shakespeare
 from training.lanes import Chunk, Documents
 from training.layers import SequenceDropout, remember
-from training.loop import Training
 from training.tasks import About
 
 VOCABULARY = "vocabulary.json"
@@ -42,9 +42,6 @@ ABOUT = About(
     "carried across chunks and reset where a document begins.",
     limits="Knows the 65 characters of the file and no others; words are mostly right, sense lasts for a few lines at best.",
 )
-
-State = tuple[Tensor, Tensor]
-"""h and c, each [layers, rows, hidden]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,38 +101,18 @@ class CharacterModel(nn.Module):
         return self.head(self.vary(read)), torch.cat(hs), torch.cat(cs)
 
 
-class CharacterTraining(Training):
+class CharacterTraining(CarriedTraining):
     """Cross entropy in nats a symbol; the state of each lane lives here between chunks."""
 
     def __init__(self, model: CharacterModel, config: Config, settings: Data, train: Documents, validation: Documents) -> None:
         super().__init__(model, asdict(model.dims), config)
-        if config.run.devices not in (1, "1", "auto") or config.run.num_nodes != 1:
-            raise ConfigError("run.devices and run.num_nodes: 1 here, as each chunk goes on from the state of the one before")
         self.settings, self.train_documents, self.validation_documents = settings, train, validation
-        self._state: State | None = None
-
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        self._state = None
-
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        self._trained, self._state = self._state, None
-
-    def on_validation_end(self) -> None:
-        super().on_validation_end()
-        self._state = self._trained  # a validation may come in the middle of an epoch
 
     def _read(self, given: Tensor, fresh: Tensor) -> Tensor:
         """Logits [rows, time, vocabulary]; the state goes on, without its gradient."""
         model = self.model
         assert isinstance(model, CharacterModel)
-        h, c = model.zero(len(given)) if self._state is None else self._state
-        gone_on = (~fresh).to(h.dtype)[None, :, None]
-        logits: Tensor
-        logits, h, c = model(given, h * gone_on, c * gone_on)
-        self._state = h.detach().float(), c.detach().float()
-        return logits.float()
+        return self.carry(model, given, fresh).float()
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         given, wanted, fresh = batch

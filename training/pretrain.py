@@ -22,15 +22,12 @@ from torch.utils.data import DataLoader
 
 from contract.text import Vocabulary
 from training import reviews
-from training.config import Config, ConfigError, section
+from training.carried import CarriedTraining, State
+from training.config import Config, section
 from training.lanes import Chunk, Documents
 from training.layers import SequenceDropout, remember
-from training.loop import Training
 
 BETWEEN = 0  # stands between two reviews: the id of padding, which is no word of any review
-
-State = tuple[Tensor, Tensor]
-"""h and c, each [layers, rows, hidden]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +110,14 @@ def draw(count: int, vocabulary: int, device: torch.device) -> Tensor:
     return ((uniform * math.log(vocabulary + 1)).exp() - 1).long().clamp(0, vocabulary - 1)
 
 
-class ReviewTraining(Training):
+class ReviewTraining(CarriedTraining):
     """Validation loss: nats a word over the whole vocabulary. The state of each lane lives here between chunks."""
 
     next = "python -m training sentiment --set init.from={out}"
 
     def __init__(self, model: ReviewModel, config: Config, settings: Data, train: Documents, validation: Documents) -> None:
         super().__init__(model, asdict(model.dims), config)
-        if config.run.devices not in (1, "1", "auto") or config.run.num_nodes != 1:
-            raise ConfigError("run.devices and run.num_nodes: 1 here, as each chunk goes on from the state of the one before")
         self.settings, self.train_documents, self.validation_documents = settings, train, validation
-        self._state: State | None = None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         made = super().configure_optimizers()
@@ -133,28 +127,11 @@ class ReviewTraining(Training):
                 group["fused"] = True  # 3 ms a step for the shipped size and not 16, beside 70 for the rest (one core)
         return made
 
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        self._state = None
-
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        self._trained, self._state = self._state, None
-
-    def on_validation_end(self) -> None:
-        super().on_validation_end()
-        self._state = self._trained  # a validation may come in the middle of an epoch
-
     def _read(self, given: Tensor, fresh: Tensor) -> Tensor:
         """[rows, time, embedding]; the state goes on, without its gradient."""
         model = self.model
         assert isinstance(model, ReviewModel)
-        h, c = model.zero(len(given)) if self._state is None else self._state
-        gone_on = (~fresh).to(h.dtype)[None, :, None]
-        looked: Tensor
-        looked, h, c = model(given, h * gone_on, c * gone_on)
-        self._state = h.detach().float(), c.detach().float()
-        return looked
+        return self.carry(model, given, fresh)
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         given, wanted, fresh = batch

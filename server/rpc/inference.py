@@ -26,6 +26,7 @@ from server.rpc.front import Method
 from server.rpc.parameters import SERVICE, Parameters
 from server.rpc.shared_memory import REGION, Place, Regions
 from server.rpc.tasks import MOST_LETTERS
+from server.rpc.together import Together
 from server.rpc.wire import Values
 from server.sequence import Outputs, Sequence
 from server.shelf import Shelf
@@ -138,6 +139,7 @@ class Inference:
         wanted, places = chosen or (task.outputs, _NOWHERE)
         if apart := [t.name for t in wanted if t not in task.outputs]:
             raise InvalidInput("TOKENS_ONLY", f"outputs {', '.join(apart)} are had by tensors only, not by TEXT", tensor=apart[0])
+        model.engine.check()  # before the texts are read
         letters = sum(map(len, texts))
         if letters > MOST_LETTERS:
             message = f"{letters} letters in all; at most {MOST_LETTERS} are allowed in one call: send several"
@@ -152,23 +154,29 @@ class Inference:
         if streamed is not None and places:
             raise InvalidInput("PIECES_APART", "each piece would overwrite the one before: ask for outputs in the response itself")
 
-        def done(results: list[Values]) -> None:
-            if streamed is not None:
-                streamed.last()
-                return
-            together = {t.name: np.concatenate([outputs[t.name] for outputs in results]) for t in wanted}
-            try:
-                response = self._response(request.id, b"", face, wanted, places, together)
-            except ServeError as e:
-                answer.fail(e)
-            else:
-                answer.done_bytes(response)
+        rows: Together[Values] = Together(model.engine, len(texts), answer)
 
-        rows = _Rows(model.engine, len(texts), done, answer)
+        def then(at: int) -> Callable[[Sequence, Values], None]:
+            def row(sequence: Sequence, outputs: Values) -> None:
+                if not rows.put(at, sequence, outputs):
+                    return
+                if streamed is not None:
+                    streamed.last()
+                    return
+                together = {t.name: np.concatenate([outputs[t.name] for outputs in rows.results]) for t in wanted}
+                try:
+                    response = self._response(request.id, b"", face, wanted, places, together)
+                except ServeError as e:
+                    answer.fail(e)
+                else:
+                    answer.done_bytes(response)
+
+            return row
+
         answer.cancel_by(rows.cancel)
         try:
             for i, text in enumerate(texts):
-                rows.begun(task.start(text, request, rows.put(i), rows.fail, said if streamed is not None else None, deadline))
+                rows.started(task.start(text, request, then(i), rows.fail, said if streamed is not None else None, deadline))
         except ServeError as e:
             rows.fail(e)
 
@@ -238,9 +246,9 @@ class Inference:
         that line is empty whoever comes joins its end, or it would overtake."""
         while True:
             with self._lock:
-                behind = self._ending[id]
+                behind = self._ending.get(id)
                 if not behind:
-                    del self._ending[id]
+                    self._ending.pop(id, None)
                     return
                 step = behind.pop(0)
             try:
@@ -330,52 +338,6 @@ class _Step(Turn):
             finally:
                 if self.given.end:
                     self.inference.ended(self.id)
-
-
-class _Rows:
-    """The sequences of one request's texts: one answer when the last is done, one error for the first that fails."""
-
-    def __init__(self, engine: Engine, count: int, done: Callable[[list[Values]], None], answer: Asked) -> None:
-        self._engine = engine
-        self._done = done
-        self._answer = answer
-        self._lock = threading.Lock()  # results come from several workers
-        self._results: list[Values] = [{}] * count
-        self._missing = count
-        self._over = False
-        self._sequences: list[Sequence] = []
-
-    def begun(self, sequence: Sequence) -> None:
-        with self._lock:
-            self._sequences.append(sequence)
-            over = self._over
-        if over:
-            self._engine.cancel(sequence)
-
-    def put(self, at: int) -> Callable[[Sequence, Values], None]:
-        def then(sequence: Sequence, outputs: Values) -> None:
-            with self._lock:
-                self._results[at] = outputs
-                self._missing -= 1
-                complete = self._missing == 0 and not self._over
-            if complete:
-                self._done(self._results)
-
-        return then
-
-    def fail(self, error: ServeError) -> None:
-        with self._lock:
-            first, self._over = not self._over, True
-        if first:
-            self.cancel()
-            self._answer.fail(error)
-
-    def cancel(self) -> None:
-        with self._lock:
-            self._over = True
-            begun = list(self._sequences)
-        for sequence in begun:
-            self._engine.cancel(sequence)
 
 
 def _packed(face: Face, request: pb.ModelInferRequest) -> tuple[tuple[bytes, ...], int] | None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from protos import seqserve_pb2 as pb
 from server.catalog import Catalog, Model
-from server.engine import Engine
 from server.errors import InvalidInput, NotFound, ServeError, listed
 from server.inputs import Array
 from server.rpc.answer import Answer, Desk
 from server.rpc.front import Method
 from server.rpc.generation import read_wishes, write_generated, write_piece
+from server.rpc.together import Together
 from server.sequence import Sequence
 from server.tasks.classify import Classified, Classifier
 from server.tasks.forecast import Forecasted, Forecaster
@@ -27,7 +26,6 @@ SERVICE = "seqserve.v1.Tasks"
 MOST_TEXTS = 256
 MOST_LETTERS = 500_000  # of one call: vocabularies read some 3 million letters a second, and others wait meanwhile
 T = TypeVar("T", Classifier, Translator, Forecaster, Tagger, Generator)
-R = TypeVar("R")
 
 
 class Tasks:
@@ -51,7 +49,7 @@ class Tasks:
         model, task = self._model("classify", request.model, Classifier)
         texts = list(request.texts)
         _check_many(len(texts), sum(map(len, texts)))
-        together: _Together[Classified] = _Together(model.engine, len(texts), answer)
+        together: Together[Classified] = Together(model.engine, len(texts), answer)
 
         def then(at: int) -> Callable[[Sequence, Classified], None]:
             def classified(sequence: Sequence, result: Classified) -> None:
@@ -110,7 +108,7 @@ class Tasks:
         model, task = self._model("tag", request.model, Tagger)
         given = [_words_or_text(f"inputs[{i}]", one) for i, one in enumerate(request.inputs)]
         _check_many(len(given), sum(len(g) if isinstance(g, str) else sum(map(len, g)) for g in given))
-        together: _Together[Tagged] = _Together(model.engine, len(given), answer)
+        together: Together[Tagged] = Together(model.engine, len(given), answer)
 
         def then(at: int) -> Callable[[Sequence, Tagged], None]:
             def tagged(sequence: Sequence, result: Tagged) -> None:
@@ -175,7 +173,7 @@ class Tasks:
             raise InvalidInput(
                 "WRONG_TASK", f"model {model.name!r} can {model.bundle.kind}, not {kind}", model=model.name, task=model.bundle.kind
             )
-        model.engine.rounds.check()  # before the text is read: that costs several times what a refusal does
+        model.engine.check()  # before the text is read: that costs several times what a refusal does
         return model, model.task
 
     def _translator(self, request: pb.TranslateRequest) -> tuple[Model, Translator]:
@@ -188,59 +186,13 @@ class Tasks:
             fitting = [(m, m.task) for m in self._catalog.newest("translate") if isinstance(m.task, Translator)]
         chosen = [(m, t) for m, t in fitting if source in ("", t.source) and target in ("", t.target)]
         if len(chosen) == 1:
+            chosen[0][0].engine.check()
             return chosen[0]
         pairs = listed(f"{t.source}-{t.target} ({m.name})" for m, t in fitting)
         if chosen:
             raise InvalidInput("NAME_A_MODEL", f"several translators fit; name a model: {pairs}", known=pairs)
         wish = f"{source or 'any'}-{target or 'any'}"
         raise InvalidInput("UNKNOWN_LANGUAGES", f"no translation {wish} here; there are: {pairs}", got=wish, known=pairs)
-
-
-class _Together(Generic[R]):
-    """Several sequences of one call: one reply when the last is done, one error for the first that fails."""
-
-    def __init__(self, engine: Engine, count: int, answer: Answer) -> None:
-        self._engine = engine
-        self._answer = answer
-        self._lock = threading.Lock()  # results come from several workers
-        self._missing = count
-        self._over = False
-        self._begun: list[Sequence] = []
-        self._results: list[R | None] = [None] * count
-        self.sequences: list[Sequence] = []
-
-    @property
-    def results(self) -> list[R]:
-        return [r for r in self._results if r is not None]
-
-    def started(self, sequence: Sequence) -> None:
-        with self._lock:
-            self._begun.append(sequence)
-            over = self._over
-        if over:
-            self._engine.cancel(sequence)
-
-    def put(self, at: int, sequence: Sequence, result: R) -> bool:
-        """True for the one result that completes the call."""
-        with self._lock:
-            self._results[at] = result
-            self.sequences.append(sequence)
-            self._missing -= 1
-            return self._missing == 0 and not self._over
-
-    def fail(self, error: ServeError) -> None:
-        with self._lock:
-            first, self._over = not self._over, True
-        if first:
-            self.cancel()
-            self._answer.fail(error)
-
-    def cancel(self) -> None:
-        with self._lock:
-            self._over = True
-            begun = list(self._begun)
-        for sequence in begun:
-            self._engine.cancel(sequence)
 
 
 def _check_many(count: int, letters: int) -> None:

@@ -10,7 +10,7 @@ The contract of a handler: it never blocks, it may answer from any thread at any
 import logging
 import re
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -259,9 +259,10 @@ def cannot_listen(address: str) -> str:
     return f"cannot listen on {address}: the port is taken, or the address is not one of this machine, or needs more rights"
 
 
-def no_such_method(name: str, methods: Mapping[str, Method]) -> str:
+def no_such_method(name: str, methods: Iterable[str]) -> str:
     """What to tell the caller of a method that nobody serves."""
     service = name.rpartition("/")[0]
+    methods = list(methods)
     siblings = sorted(known.rpartition("/")[2] for known in methods if known.rpartition("/")[0] == service)
     if siblings:
         return f"no method {name}; {service[1:]} has {', '.join(siblings)}"

@@ -31,7 +31,10 @@ RESETS = 2_000, 500.0  # calls that a caller may cancel at once, and a second: m
 _PARTIAL = 4  # times the longest message: what one connection's messages may hold before they are whole
 _DRAIN = b"drain..."
 _ALIVE = b"alive?.."
-_HTTP1 = b"HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\ncontent-length: 42\r\n\r\nThis port speaks gRPC, which needs HTTP/2.\n"
+_HTTP1 = (
+    b"HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\ncontent-length: 43\r\n\r\n"
+    b"This port speaks gRPC, which needs HTTP/2.\n"
+)
 
 Entry = tuple[type[UnaryCall] | type[StreamCall] | type[OpenCall], str, Callable[..., Receiver | None], Kind]
 
@@ -343,7 +346,7 @@ class Connection:
             self.touch()
             return
         entry = self._home.table.get(asked.path)
-        if entry is None or asked.refusal is not None or self.drained:
+        if entry is None or asked.refusal is not None or self._home.draining:
             self._refuse(stream, flags, asked)
             return
         kind, method, start, _ = entry
@@ -361,10 +364,8 @@ class Connection:
         """A call that no handler sees."""
         refusal = asked.refusal
         if refusal is not None and refusal.http != 200:
-            text = (refusal.message + "\n").encode()
             with self.lock:
-                self.write(h2.headers(stream, self.writer.prefix() + no_grpc(refusal.http, text), False))
-                self.write(h2.frame(h2.DATA, h2.END_STREAM, stream, text))
+                self.write(h2.headers(stream, self.writer.prefix() + no_grpc(refusal.http, refusal.message), True))
                 if not flags & h2.END_STREAM:
                     self.write(h2.reset(stream, h2.NO_ERROR))
             self.touch()
@@ -374,11 +375,10 @@ class Connection:
         self.calls[stream] = call
         if refusal is not None:
             call.fail(refusal.status, refusal.message)
-        elif self.drained:
+        elif self._home.draining:
             call.fail(grpc.StatusCode.UNAVAILABLE, "the server is shutting down; send the request again")
         else:
-            names = {name: self._home.table[name] for name in self._home.table}
-            call.fail(grpc.StatusCode.UNIMPLEMENTED, no_such_method(asked.path, names))
+            call.fail(grpc.StatusCode.UNIMPLEMENTED, no_such_method(asked.path, self._home.table))
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         """All other frames. Raises Fault, Unreadable."""

@@ -34,7 +34,7 @@ from server.metrics import Metrics
 from server.quotas import Quota, Tenant
 from server.rpc.answer import Desk
 from tests import models, pins
-from tests.process import ROOT, Served, reason, serve
+from tests.process import FRONTS, ROOT, Served, reason, serve
 from tests.test_server import tokens_request
 from tests.test_turns import Calls, scores, turn
 
@@ -80,12 +80,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["direct", "public"])
+@pytest.fixture(scope="module", params=list(FRONTS))
 def running(request: pytest.FixtureRequest, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     file.write_text(FILE)
     with serve(
-        library, "--front", request.param, "--keys", str(file), "--keys-interval", "0", "--allow-shared-memory", "--access-log",
+        library, *FRONTS[request.param], "--keys", str(file), "--keys-interval", "0", "--allow-shared-memory", "--access-log",
         "--log-level", "debug",
     ) as server:  # fmt: skip
         yield Running(server, file)
@@ -628,7 +628,7 @@ def client_of(server: Served, **files: Path) -> Iterator[seqserve.Client]:
         yield client
 
 
-@pytest.mark.parametrize("front", ["direct", "public"])
+@pytest.mark.parametrize("front", FRONTS)
 def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Path) -> None:
     """A client that trusts the authority gets its answers over TLS, by the command too; one in the clear, or that trusts another
     authority, gets none."""
@@ -636,7 +636,7 @@ def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Pa
     file.write_text(FILE)
     key.write_text(KEYS["ann"] + "\n")
     pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))
-    with serve(library, "--front", front, "--keys", str(file), *pair) as server:
+    with serve(library, *FRONTS[front], "--keys", str(file), *pair) as server:
         with client_of(server, ca=certificates.ca) as client:
             assert client.live()
             with pytest.raises(seqserve.Denied):
@@ -655,11 +655,11 @@ def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Pa
         assert (denied.returncode, "wants a key" in denied.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("front", ["direct", "public"])
+@pytest.mark.parametrize("front", FRONTS)
 def test_mutual_tls(front: str, certificates: Certificates, library: Path) -> None:
     """With an authority for clients, only who has its certificate is answered, by client and command."""
     pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))
-    with serve(library, "--front", front, *pair, "--tls-client-ca", str(certificates.ca)) as server:
+    with serve(library, *FRONTS[front], *pair, "--tls-client-ca", str(certificates.ca)) as server:
         with client_of(server, ca=certificates.ca, cert=certificates.client, key=certificates.client.with_suffix(".key")) as client:
             assert [m.name for m in client.models()]
             with client.session("reader") as session:

@@ -26,12 +26,13 @@ ROOT = DOCS.parent
 NAV: dict[str, tuple[str, ...]] = {
     "Start": ("concepts", "walkthrough", "models"),
     "Guides": (
-        "guides/onnx", "guides/streamable", "guides/fleet", "guides/gpu", "guides/triton", "guides/observability", "security", "http", "web",
+        "guides/onnx", "guides/streamable", "guides/fleet", "guides/gpu", "guides/triton", "guides/observability", "security",
+        "http", "web",
     ),
     "When it says no": ("errors",),
     "Reference": (
-        "reference/sessions", "reference/tasks", "reference/inference", "reference/model_config", "reference/python", "reference/configuration",
-        "reference/cli", "metrics", "conformance",
+        "reference/sessions", "reference/tasks", "reference/inference", "reference/model_config", "reference/python",
+        "reference/configuration", "reference/cli", "metrics", "conformance",
     ),
     "Run it": ("deploy", "load", "bench"),
     "Train": ("training", "distributed", "series"),

@@ -35,7 +35,8 @@ class Drawing:
 
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start", size: int = 13, bold: bool = False) -> None:
         weight = ' font-weight="600"' if bold else ""
-        self._parts.append(f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}" font-size="{size}"{weight}>{escape(text)}</text>')
+        look = f'class="{kind}" text-anchor="{anchor}" font-size="{size}"{weight}'
+        self._parts.append(f'<text x="{x:g}" y="{y:g}" {look}>{escape(text)}</text>')
 
     def box(self, x: float, y: float, w: float, h: float, fill: str = "", kind: str = "card", round: float = 5) -> None:
         look = f'fill="{fill}"' if fill else f'class="{kind}"'
@@ -58,7 +59,8 @@ class Drawing:
         dx, dy = (x1 - x0) / length, (y1 - y0) / length
         line = " ".join(f"{x:g},{y:g}" for x, y in (*points[:-1], (x1 - 5 * dx, y1 - 5 * dy)))
         tip = " ".join(f"{x1 - 8 * dx + s * 4 * dy:g},{y1 - 8 * dy - s * 4 * dx:g}" for s in (1, -1))
-        self._parts.append(f'<polyline points="{line}" class="arrow"{" stroke-dasharray=&quot;4 3&quot;" if dashed else ""}/>'.replace("&quot;", '"'))
+        dashes = ' stroke-dasharray="4 3"' if dashed else ""
+        self._parts.append(f'<polyline points="{line}" class="arrow"{dashes}/>')
         self._parts.append(f'<polygon points="{x1:g},{y1:g} {tip}" class="tip"/>')
 
     def svg(self) -> str:
@@ -97,7 +99,8 @@ def schedule() -> list[tuple[int, list[str]]]:
 def rounds() -> str:
     """Rows are sequences, columns steps; a band is a round."""
     played, names, cell, left, top = schedule(), [name for name, _, _ in ARRIVALS], 24.2, 82, 48
-    d = Drawing("Five sequences in rounds: everyone in a round advances by the same steps, nobody is padded", 720, top + 30 * len(names) + 34)
+    title = "Five sequences in rounds: everyone in a round advances by the same steps, nobody is padded"
+    d = Drawing(title, 720, top + 30 * len(names) + 34)
     d.text(left - 8, 30, "round", "soft", "end", 12)
     x = float(left)
     for number, (steps, members) in enumerate(played, 1):
@@ -185,9 +188,9 @@ def engine() -> str:
     d.arrow((220, 110), (240, 110))
     d.box(240, 16, 348, 144)
     d.text(252, 36, "engine: a round", bold=True)
-    steps = (("choose", "who, and", "k steps"), ("stack", "rows and", "states"), ("run", "the", "graph"), ("split", "outputs,", "next states"))
-    for at, (name, *said) in enumerate(steps):
-        d.card(250 + at * 84, 81, 74, 58, name, soft=said)
+    verbs = {"choose": "who, and|k steps", "stack": "rows and|states", "run": "the|graph", "split": "outputs,|next states"}
+    for at, (name, said) in enumerate(verbs.items()):
+        d.card(250 + at * 84, 81, 74, 58, name, soft=said.split("|"))
         if at:
             d.arrow((240 + at * 84, 110), (250 + at * 84, 110))
     d.text(418, 58, "who is not done goes round again", "soft", "middle", 12)
@@ -208,7 +211,8 @@ def fleet() -> str:
     for row in range(3):
         y = 20 + row * 64
         d.arrow((292, 106), (378, y + 22))
-        d.card(380, y, 128, 44, f"replica {row + 1}", soft=("killed" if row == 1 else "sessions in memory",), fill=COLOURS[1] if row == 1 else "")
+        said, fill = ("killed", COLOURS[1]) if row == 1 else ("sessions in memory", "")
+        d.card(380, y, 128, 44, f"replica {row + 1}", soft=(said,), fill=fill)
         d.arrow((508, y + 22), (594, 106), dashed=row == 1)
     d.card(596, 72, 114, 68, "Redis or Valkey", soft=("every turn, and", "who owns it"))
     return d.svg()

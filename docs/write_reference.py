@@ -19,7 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
-from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FieldDescriptorProto, FileDescriptorProto, FileDescriptorSet
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FieldDescriptorProto, FileDescriptorProto
 
 from protos.__main__ import SOURCES
 from seqserve import cli
@@ -127,7 +128,7 @@ def protos() -> dict[str, str]:
         out = Path(directory) / "set"
         if protoc.main(["protoc", f"-I{ROOT}", "--include_source_info", f"--descriptor_set_out={out}", *SOURCES]):
             raise SystemExit("protoc failed: its message is above")
-        files = [f for f in FileDescriptorSet.FromString(out.read_bytes()).file if f.name in SOURCES]
+        files = [f for f in descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file if f.name in SOURCES]
     homes: dict[str, str] = {}
     for f in files:
         page = TITLES[Path(f.name).stem][0]

@@ -24,7 +24,9 @@ import yaml
 from server.config import Config
 from tests.process import ROOT, Served
 
-_BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^\n]*?) -->\n+)?^(?P<in>[ ]*)```(?P<kind>\w+)\n(?P<text>.*?)^[ ]*```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<why>[^\n]*?) -->\n+)?^(?P<in>[ ]*)```(?P<kind>\w+)\n(?P<text>.*?)^[ ]*```$", re.MULTILINE | re.DOTALL
+)
 _SERVES = re.compile(r"(?:(?P<set>(?:\w+=\S+ +)*))seqserve serve\b(?P<flags>.*)")
 WANTED = "localhost:8001"
 """How pages call the server that a reader has started."""

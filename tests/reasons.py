@@ -78,7 +78,8 @@ def _spelled(first: ast.expr, where: str) -> Iterable[str]:
     if isinstance(first, ast.Constant) and isinstance(first.value, str):
         return [first.value]
     if (spelled := MADE_UP.get(ast.unparse(first))) is None:
-        raise ValueError(f"{where}: {ast.unparse(first)} is no reason that can be listed: make it a constant, or say in MADE_UP what it can be")
+        message = f"{where}: {ast.unparse(first)} is no reason that can be listed: make it a constant, or say in MADE_UP what it can be"
+        raise ValueError(message)
     return spelled
 
 

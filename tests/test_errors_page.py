@@ -12,7 +12,7 @@ from tests.reasons import kinds, reasons
 
 PAGE = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 OURS = PAGE.partition("## What has no reason of ours")[0]
-TOLD = {name: body for name, body in re.findall(r"^### (\w+)\n\n(.*?)(?=\n#|\Z)", OURS, re.MULTILINE | re.DOTALL)}
+TOLD = dict(re.findall(r"^### (\w+)\n\n(.*?)(?=\n#|\Z)", OURS, re.MULTILINE | re.DOTALL))
 SENT = reasons(sorted((ROOT / "server").rglob("*.py")))
 
 

@@ -29,7 +29,7 @@ NAV: dict[str, tuple[str, ...]] = {
         "guides/onnx", "guides/streamable", "guides/fleet", "guides/gpu", "guides/triton", "guides/observability", "security",
         "http", "web",
     ),
-    "When it says no": ("errors",),
+    "Trouble": ("errors",),
     "Reference": (
         "reference/sessions", "reference/tasks", "reference/inference", "reference/model_config", "reference/python",
         "reference/configuration", "reference/cli", "metrics", "conformance",
@@ -130,8 +130,17 @@ def _included(_app: Sphinx, path: Path, parent: str, source: list[str]) -> None:
 
 
 def _docstring(_app: Sphinx, _what: str, _name: str, _thing: Any, _options: Any, lines: list[str]) -> None:
-    """Docstrings say code in single backticks, as Markdown does; reStructuredText wants two, and no letter right behind them."""
-    lines[:] = [re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``\\ ", line) for line in lines]
+    """Docstrings are as Markdown has it: code in single backticks, or indented. reStructuredText wants two backticks and no letter
+    right behind them, and a word before what is indented."""
+    made: list[str] = []
+    within = False
+    for line in lines:
+        inside = line.startswith("    ") or (within and not line)
+        if inside and not within:
+            made += ["", ".. code-block:: text" if re.search("[├└]", line + "".join(lines)) else ".. code-block:: python", ""]
+        within = inside
+        made.append(line if inside else re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``\\ ", line))
+    lines[:] = made
 
 
 class InPage(SphinxPostTransform):

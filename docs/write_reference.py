@@ -160,13 +160,13 @@ SEQSERVE_MAX_ROWS=128 seqserve serve --models models --port 8001 --store lmdb:.s
 
 def configuration() -> str:
     """The page of the knobs."""
-    lines = ["| flag | variable | default | what for |", "|---|---|---|---|"]
+    lines = ["| flag, variable | default | what for |", "|---|---|---|"]
     for f in fields(Config):
         default = f.default
         shown = "one per core" if f.name == "workers" else "off" if default is False else "on" if default is True else str(default)
         shown = "–" if default is None or shown == "" else f"`{shown}`" if shown not in ("one per core", "on", "off") else shown
         flag = f"--{f.name.replace('_', '-')}"
-        lines.append(f"| `{flag}` | `SEQSERVE_{f.name.upper()}` | {shown} | {_escaped(f.metadata['help'])} |")
+        lines.append(f"| `{flag}`<br>`SEQSERVE_{f.name.upper()}` | {shown} | {_escaped(f.metadata['help'])} |")
     return "\n\n".join(["# Configuration", MADE, CONFIGURATION, "\n".join(lines)]) + "\n"
 
 

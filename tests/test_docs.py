@@ -1,5 +1,5 @@
-"""The documentation says what is so: every block of docs/ that can be run is run, in order, against one server with the shipped models;
-those that can't are named here with why. The pages that are written from the code are fresh, and the site builds without a warning."""
+"""The documentation says what is so: every block of the README and docs/ that can be run is run, in order, against one server with the
+shipped models; those that can't are named here with why. Pages written from the code are fresh; the site builds without a warning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.process import ROOT, Served, serve
 
 DOCS = ROOT / "docs"
 ELSEWHERE = {"docs/models.md"}  # its questions are asked by tests/test_examples.py, its trainings are of hours
-PAGES = sorted(f for f in DOCS.rglob("*.md") if f.relative_to(DOCS).parts[0] != "project")
+PAGES = [ROOT / "README.md", *sorted(f for f in DOCS.rglob("*.md") if f.relative_to(DOCS).parts[0] != "project")]
 EVERY = [block for page in PAGES if str(page.relative_to(ROOT)) not in ELSEWHERE for block in blocks(page)]
 RUN = [block for block in EVERY if block.kind in ("sh", "python") and not block.why]
 NOT_RUN = {
@@ -30,7 +30,7 @@ NOT_RUN = {
     ("docs/load.md", "needs data, and minutes"): 1,
     ("docs/security.md", "needs another machine, with TLS"): 3,
     ("docs/series.md", "needs data, and minutes"): 1,
-    ("docs/training.md", "trains for a minute: tests/test_walkthrough.py does it"): 1,
+    ("docs/training.md", "trains for a minute: the README has the same"): 1,
     ("docs/training.md", "needs data, and hours"): 1,
 }
 """Blocks that are marked as not to be run, by page and why: so many of each."""
@@ -57,10 +57,12 @@ def test_what_is_not_run() -> None:
     assert Counter((b.page, b.why) for b in EVERY if b.why) == NOT_RUN
 
 
+@pytest.mark.timeout(300)  # one of them trains
 @pytest.mark.parametrize("block", RUN, ids=str)
 def test_block(block: Block, served: Served, somewhere: Path) -> None:
     """A block runs to its end. What a print's comment says with an arrow comes out."""
     said = run(block, served, somewhere)
+    assert said.strip() or "print(" not in block.text
     expected = re.findall(r"^\s*print\(.*\)  # → (.+)$", block.text, re.MULTILINE) if block.kind == "python" else []
     for line in expected:
         assert line in said.splitlines(), said
@@ -79,6 +81,8 @@ def test_make_targets(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(r"`make ([a-z-]+)", text)) | set(re.findall(r"^    make ([a-z-]+)", text, re.MULTILINE))
     assert named <= targets
+    if page.name == "README.md":
+        assert {"serve", "test", "demo", "quality", "docs"} <= named
 
 
 def test_reference_is_fresh() -> None:

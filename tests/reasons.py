@@ -41,7 +41,8 @@ def reasons(files: Iterable[Path]) -> dict[str, set[str]]:
     """Reason → its statuses. Raises ValueError naming the place of a reason that can't be told."""
     known = kinds()
     found: dict[str, set[str]] = defaultdict(set)
-    forwards: dict[str, tuple[int, str | int]] = {}  # function → where its reason is, and its status or where its kind is
+    # File and function → where its reason is, and its status or where its kind is. Another file may have one of the same name.
+    forwards: dict[tuple[Path, str], tuple[int, str | int]] = {}
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
     for file, tree in trees.items():
         for function, call in _calls(tree):
@@ -57,7 +58,9 @@ def reasons(files: Iterable[Path]) -> dict[str, set[str]]:
                 raise ValueError(f"{file}:{call.lineno}: {name} without a reason")
             first = given[0]
             if isinstance(first, ast.Name) and function is not None and first.id in arguments:
-                forwards[function.name] = (arguments.index(first.id), status)
+                if not function.name.startswith("_"):
+                    raise ValueError(f"{file}:{call.lineno}: {function.name} passes reasons on from who knows where: make it private")
+                forwards[file, function.name] = (arguments.index(first.id), status)
             elif isinstance(status, str):
                 for reason in _spelled(first, f"{file}:{call.lineno}"):
                     found[reason].add(status)
@@ -65,7 +68,7 @@ def reasons(files: Iterable[Path]) -> dict[str, set[str]]:
                 raise ValueError(f"{file}:{call.lineno}: {ast.unparse(call)} hides its kind")
     for file, tree in trees.items():
         for _, call in _calls(tree):
-            if (forward := forwards.get(_name(call.func))) is None:
+            if (forward := forwards.get((file, _name(call.func)))) is None:
                 continue
             at, status = forward
             kind = status if isinstance(status, str) else known[_name(call.args[status])]

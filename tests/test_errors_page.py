@@ -47,9 +47,9 @@ def test_a_reason_that_cannot_be_listed_is_told(tmp_path: Path) -> None:
     """The collector sees through functions that pass a reason on, and refuses what it can't see through."""
     file = tmp_path / "code.py"
     file.write_text(
-        "def refuse(kind: type[ServeError], reason, message):\n    return kind(reason, message)\n"
-        "def gone(reason):\n    raise Gone(reason, 'it went')\n"
-        "refuse(Conflict, 'A', '')\ngone('B')\n"
+        "def _refuse(kind: type[ServeError], reason, message):\n    return kind(reason, message)\n"
+        "def _gone(reason):\n    raise Gone(reason, 'it went')\n"
+        "_refuse(Conflict, 'A', '')\n_gone('B')\n"
     )
     assert reasons([file]) == {"A": {"FAILED_PRECONDITION"}, "B": {"FAILED_PRECONDITION"}}
     file.write_text("raise NotFound(str(7), 'x')\n")

@@ -5,7 +5,7 @@ DATA ?= ../shared/data
 BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MINUTES ?= 20
-SITE_PORT ?= 8010
+SITE_PORT ?= 8005
 ENGINE ?= docker
 TARGET ?= server
 RUN ?=
@@ -85,7 +85,7 @@ docs: setup-docs        ## the documentation site, into site/; a broken link, he
 	$(BIN)/python -m sphinx -b html -W --keep-going -q -d site/.trees docs site/html
 	@echo "site/html/index.html"
 
-docs-serve: docs        ## the same on http://127.0.0.1:8010, SITE_PORT=n
+docs-serve: docs        ## the same on http://127.0.0.1:8005, SITE_PORT=n
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory site/html $(SITE_PORT)
 
 reference: setup-dev    ## docs/reference from protos, knobs and commands, docs/drawings from their script

@@ -45,8 +45,7 @@ class DirectFront:
 
     def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS, besides: Besides | None = None) -> None:
         self.options = options
-        self._methods = dict(methods)
-        self.table: dict[str, Entry] = {name: (KINDS[m.kind], name, m.start, m.kind) for name, m in methods.items()}
+        self.table: dict[str, Entry] = {name: (KINDS[m.kind], name, m.start) for name, m in methods.items()}
         self.draining = False
         self._besides = besides
         self._selector = selectors.DefaultSelector()

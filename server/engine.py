@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listed
 from typing import Any, Protocol
 
 import numpy as np
 
 from contract.bundle import Bundle
-from server.costs import Costs
 from server.errors import ModelFailed, ServeError
 from server.graph import OnnxGraph
 from server.rounds import Limits, Round, Rounds
 from server.sequence import Sequence, order, split, stack
+from server.shares import ANYONE, Claim
+from server.shares import Clock as Virtual
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Runners(Protocol):
     """Who runs engines' rounds: workers.Workers."""
 
     @property
-    def order(self) -> Iterator[int]: ...
+    def virtual(self) -> Virtual: ...
 
     @property
     def worth(self) -> float: ...
@@ -49,7 +50,7 @@ class Runners(Protocol):
 
     def add(self, engine: Engine) -> None: ...
 
-    def submit(self, engine: Engine, sequence: Sequence, deadline: float | None) -> None: ...
+    def submit(self, engine: Engine, sequence: Sequence, claim: Claim) -> None: ...
 
     def cancel(self, engine: Engine, sequence: Sequence) -> None: ...
 
@@ -66,8 +67,8 @@ class Engine:
         self.version = version
         self.name = bundle.name
         self.graphs = graphs
-        self.rounds: Rounds[Sequence] = Rounds(limits, workers.order)
-        self.costs = Costs()
+        self.rounds: Rounds[Sequence] = Rounds(limits, workers.virtual)
+        self.costs = self.rounds.costs
         self._ran = [0.0, 0.0]  # seconds, sequences, the past counting less and less
         self.each = 0.0  # seconds of running that a sequence needed in all, of late
         self.retired = False
@@ -75,14 +76,14 @@ class Engine:
         self.watch = watch
         workers.add(self)
 
-    def submit(self, sequence: Sequence, deadline: float | None = None) -> None:
+    def submit(self, sequence: Sequence, claim: Claim = ANYONE) -> None:
         """Queue a sequence; its `then` or `failed` is called later, from a worker. Raises Overloaded, Draining or
         DeadlineExceeded where it can't be taken."""
-        self._workers.submit(self, sequence, deadline)
+        self._workers.submit(self, sequence, claim)
 
-    def check(self) -> None:
+    def check(self, claim: Claim = ANYONE) -> None:
         """Raise Overloaded where a newcomer would be refused now: to be asked before its request is read at any cost."""
-        self.rounds.check()
+        self.rounds.check(claim)
 
     def cancel(self, sequence: Sequence) -> None:
         """The caller has gone: free the rows, say nothing to anyone."""
@@ -96,13 +97,13 @@ class Engine:
         """Take no more; what is here is finished, then the engine is forgotten."""
         self._workers.retire(self)
 
-    def enqueue(self, s: Sequence, deadline: float | None, now: float) -> None:
-        """Queue a newcomer, with the lock held. Raises Overloaded."""
+    def enqueue(self, s: Sequence, claim: Claim, now: float) -> None:
+        """Queue a newcomer, with the lock held. Raises Overloaded, DeadlineExceeded."""
         graph = self.graphs[s.graph].graph
         s.key = key(self, s)
         s.remaining = s.steps
-        s.cut, s.shared, s.deadline = graph.cut, graph.shared, deadline
-        self.rounds.admit(s, now)
+        s.cut, s.shared = graph.cut, graph.shared
+        self.rounds.admit(s, now, claim)
         s.since = now
 
     def brief(self, seconds: float) -> bool:

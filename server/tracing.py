@@ -27,6 +27,7 @@ from server.engine import Engine, Watch
 from server.rounds import Round
 from server.rpc.front import Call, Metadata, Method, Receiver
 from server.sequence import Sequence
+from server.shares import Claim
 from server.workers import Workers
 
 
@@ -168,10 +169,10 @@ class TracedWorkers(Workers):
         super().__init__(threads)
         self.seen: dict[Sequence, _Seen] = {}
 
-    def submit(self, engine: Engine, sequence: Sequence, deadline: float | None) -> None:
+    def submit(self, engine: Engine, sequence: Sequence, claim: Claim) -> None:
         self.seen[sequence] = _Seen(_current.context)
         try:
-            super().submit(engine, sequence, deadline)
+            super().submit(engine, sequence, claim)
         except BaseException:
             del self.seen[sequence]
             raise

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import Overloaded
-from server.rounds import Limits, Round, Rounds, Ticket
+from server.errors import DeadlineExceeded, Overloaded
+from server.rounds import Limits, Round, Rounds
+from server.shares import Claim
+from server.tickets import Ticket
 from tests.stories import check, stories
 
 FOLDER = Path(__file__).parent / "stories" / "rounds"
@@ -28,6 +30,7 @@ class Queue:
         self.rounds: Rounds[Named] = Rounds(Limits())
         self.tickets: dict[str, Named] = {}
         self.ran: list[Round[Named]] = []
+        self.now = 0.0
 
     def tell(self, line: str) -> str:
         command, *words = line.split()
@@ -40,20 +43,25 @@ class Queue:
         self.rounds = Rounds(Limits(**{k: int(v) for k, v in named.items()}))
         return ""
 
+    def time(self, now: str) -> str:
+        self.now = float(now)
+        return ""
+
     def arrive(
-        self, name: str, key: str = "step", rows: str = "1", steps: str = "1", cut: str = "yes", shared: str = "yes", deadline: str = ""
-    ) -> str:
-        ticket = Named(key, int(rows), int(steps), cut=cut == "yes", shared=shared == "yes", deadline=float(deadline) if deadline else None)
+        self, name: str, key: str = "step", rows: str = "1", steps: str = "1", cut: str = "yes", shared: str = "yes", deadline: str = "",
+        of: str = "", level: str = "3",
+    ) -> str:  # fmt: skip
+        ticket = Named(key, int(rows), int(steps), cut=cut == "yes", shared=shared == "yes")
         ticket.name = name
         try:
-            self.rounds.admit(ticket, 0.0)
-        except Overloaded as e:
+            self.rounds.admit(ticket, self.now, Claim(float(deadline) if deadline else None, int(level), of))
+        except (Overloaded, DeadlineExceeded) as e:
             return f"{name} refused: {e.message}"
         self.tickets[name] = ticket
         return f"{name} waits"
 
     def next(self) -> str:
-        round = self.rounds.next()
+        round = self.rounds.next(self.now)
         if round is None:
             return "nothing to run"
         self.ran.append(round)
@@ -120,7 +128,7 @@ def test_everyone_is_served(
     advanced = dict.fromkeys(tickets, 0)
     running: list[Round[Named]] = []
     while True:
-        while len(running) < workers and (round := rounds.next()):
+        while len(running) < workers and (round := rounds.next(0.0)):
             assert round.rows <= max(rows, max(t.rows for t in round.tickets))
             assert {t.key for t in round.tickets} == {round.key}
             assert all(round.steps <= t.remaining for t in round.tickets)

@@ -40,11 +40,12 @@ class Parameters:
         own = time.monotonic() + self.timeout * 1e-6
         return own if callers is None else min(own, callers)
 
-    def claim(self, asked: Asked) -> Claim:
-        """What the request may claim of a model's queue."""
+    def claim(self, asked: Asked, lasting: bool = False) -> Claim:
+        """What the request may claim of a model's queue; a `lasting` one is run however long it takes."""
         level = self.priority if 0 < self.priority <= LEVELS else DEFAULT
         caller = asked.caller
-        return Claim(self.deadline(asked.deadline), level if caller is None else caller.tenant.level(level), asked.flow)
+        deadline = None if lasting else self.deadline(asked.deadline)
+        return Claim(deadline, level if caller is None else caller.tenant.level(level), asked.flow)
 
 
 NONE = Parameters()

@@ -1,4 +1,4 @@
-"""The front on grpcio's public API alone, for a grpcio that `queue_front` was not tested with.
+"""The front on grpcio's own server, by its public API: for whoever trusts that more than ours, and to compare with.
 
 grpc.aio runs in an event loop on a thread of its own, so a call that waits for the engine costs no thread (a thread pool would need
 one for each). The price is the loop itself: four to six times the CPU per call, and a wake-up of the loop between a round's end and
@@ -27,6 +27,7 @@ from server.rpc.front import (
     Method,
     Options,
     Receiver,
+    Tls,
     cannot_listen,
     channel_arguments,
     metadata_fault,
@@ -248,9 +249,9 @@ class PublicFront:
     def live(self) -> int:
         return len(self._calls)
 
-    def listen(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+    def listen(self, address: str, tls: Tls | None = None) -> int:
         try:
-            return self._do(self._listen(address, credentials))
+            return self._do(self._listen(address, None if tls is None else tls.credentials()))
         except RuntimeError as fault:
             raise OSError(cannot_listen(address)) from fault
 

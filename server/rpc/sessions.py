@@ -151,7 +151,7 @@ class _Stream(Receiver):
         self._replies: list[bytes] = []  # to be sent: each a TurnReply, and what stands before it
         self._size = 0
         self._refused: dict[str, int] = {}  # by session, a turn of this stream that was refused
-        self.claim = _lasting(answer)
+        self.claim = answer.claim(lasting=True)
         answer.cancel_by(lambda: None)  # turns that were begun run on: their caller may come back for the replies
 
     def on_message(self, message: bytes) -> None:
@@ -306,7 +306,7 @@ class _InCall(_Asked):
     __slots__ = ("answer",)
 
     def __init__(self, request: pb.TurnRequest, answer: Answer) -> None:
-        super().__init__(request, _lasting(answer))
+        super().__init__(request, answer.claim(lasting=True))
         self.answer = answer
 
     def told(self, reply: bytes | ServeError) -> None:
@@ -314,12 +314,6 @@ class _InCall(_Asked):
             self.answer.fail(reply)
         else:
             self.answer.done_bytes(reply)
-
-
-def _lasting(answer: Answer) -> Claim:
-    """What turns of a call may claim: they run on when it ends."""
-    claim = answer.claim()
-    return Claim(None, claim.level, claim.flow)
 
 
 def _take(turns: Turns, request: pb.TurnRequest, work: _Asked, caller: Caller | None, sure: bool = False) -> None:

@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for callers in (32, 64):
                 of = lengths(mix, CALLS)
                 measure(app, of, callers)
-                best: Callable[[Spent], float] = lambda spent: spent.cpu
-                spent = min((measure(app, of, callers) for _ in range(asked.passes)), key=best)
+                spent = min((measure(app, of, callers) for _ in range(asked.passes)), key=lambda spent: spent.cpu)
                 cpu, onnx = (seconds / CALLS * 1e6 for seconds in (spent.cpu, spent.onnx))
                 print(
                     f"{mix:6} {callers} callers: {cpu:6.0f} µs a call, {onnx:6.0f} of it onnxruntime; {spent.rounds / CALLS:.2f} rounds a "

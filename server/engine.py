@@ -32,9 +32,22 @@ LATELY = 0.98  # what a round counts for after each one that follows
 class Watch(Protocol):
     """What an engine reports, once a round or once a sequence; metrics.py counts it."""
 
-    def round(self, engine: Engine, graph: str, rows: int, steps: int, seconds: float) -> None: ...
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
+        """A round ran; nobody was answered yet."""
+
+    def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
+        """The round of so many rows that was the last of so many sequences: to answer them took so long."""
 
     def left(self, engine: Engine, sequences: Listed[Sequence], reason: str) -> None: ...
+
+
+class Spent:
+    """Where a round's time went, in seconds: its inputs put together, its run, its results parted; and all of it."""
+
+    __slots__ = ("infer", "seconds", "split", "stack")
+
+    def __init__(self) -> None:
+        self.stack = self.infer = self.split = self.seconds = 0.0
 
 
 class Runners(Protocol):
@@ -117,18 +130,24 @@ class Engine:
         expected = self.costs.seconds(first.graph, rows, steps)
         return expected is not None and expected <= seconds
 
-    def run(self, round: Round[Sequence]) -> Mapping[Sequence, ServeError]:
-        """Run one round and give every sequence its part; who could not be run comes with why."""
+    def run(self, round: Round[Sequence], spent: Spent) -> Mapping[Sequence, ServeError]:
+        """Run one round and give every sequence its part; who could not be run comes with why. Adds to `spent`."""
+        started = time.perf_counter()
         sequences = round.tickets
         graph = self.graphs[sequences[0].graph]
         try:
             ordered = order(graph.graph, sequences)
             feeds = stack(graph.graph, ordered, round.steps)
             # The thread's own time: that of day has in it what other threads held the interpreter for.
+            stacked = time.perf_counter()
             began = time.thread_time()
             results = graph.run(feeds)
             self.costs.learn(sequences[0].graph, round.rows, round.steps, time.thread_time() - began)
+            ran = time.perf_counter()
             split(graph.graph, ordered, results, round.steps)
+            spent.stack += stacked - started
+            spent.infer += ran - stacked
+            spent.split += time.perf_counter() - ran
         except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
             if len(sequences) == 1:
                 if not isinstance(e, ServeError):
@@ -139,7 +158,7 @@ class Engine:
             # One bad row fails a whole run: alone, only the culprit does.
             failed: dict[Sequence, ServeError] = {}
             for s in sequences:
-                failed.update(self.run(Round(round.key, (s,), round.steps)))
+                failed.update(self.run(Round(round.key, (s,), round.steps), spent))
             return failed
         return _NOBODY
 

@@ -280,7 +280,11 @@ class Rounds(Generic[T]):
         rows = ticket.rows
         steps = ticket.remaining
         chunk = self.limits.chunk
-        cost = rows * (chunk if steps > chunk and ticket.cut else steps) * (self._step_seconds or self.costs.a_row(ticket.graph, rows) or UNKNOWN_S)
+        cost = (
+            rows
+            * (chunk if steps > chunk and ticket.cut else steps)
+            * (self._step_seconds or self.costs.a_row(ticket.graph, rows) or UNKNOWN_S)
+        )
         ticket.order = order = self.accounts.enter(ticket.account, cost)
         line = self._waiting.get(ticket.key)
         if line is None:

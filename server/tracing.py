@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from server.engine import Engine, Watch
+from server.engine import Engine, Spent, Watch
 from server.rounds import Round
 from server.rpc.front import Call, Metadata, Method, Receiver
 from server.sequence import Sequence
@@ -193,8 +193,11 @@ class TracedWatch:
         self._seen = workers.seen
         self._tracer = tracer
 
-    def round(self, engine: Engine, graph: str, rows: int, steps: int, seconds: float) -> None:
-        self._watch.round(engine, graph, rows, steps, seconds)
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
+        self._watch.round(engine, graph, tickets, rows, steps, spent)
+
+    def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
+        self._watch.told(engine, rows, sequences, seconds)
 
     def left(self, engine: Engine, sequences: Listed[Sequence], reason: str) -> None:
         self._watch.left(engine, sequences, reason)

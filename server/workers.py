@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
 
-from server.engine import Clock, Engine, key
+from server.engine import Clock, Engine, Spent, key
 from server.errors import DeadlineExceeded, Draining, ModelFailed, NotFound, ServeError
 from server.rounds import Round
 from server.sequence import Sequence
@@ -227,9 +227,10 @@ class Workers:
         sequences = round.tickets
         started = self._clock()
         graph = sequences[0].graph
-        failed = engine.run(round)
+        spent = Spent()
+        failed = engine.run(round, spent)
         ended = self._clock()
-        seconds = ended - started
+        seconds = spent.seconds = ended - started
         for s in sequences:
             s.queued += started - s.since
             s.run += seconds
@@ -237,7 +238,8 @@ class Workers:
             s.since = ended
         with self._wake:
             engine.rounds.done(round, seconds)
-        engine.watch.round(engine, graph, round.rows, round.steps, seconds)
+        rows = round.rows
+        engine.watch.round(engine, graph, len(sequences), rows, round.steps, spent)
         again: list[Sequence] = []
         answered: list[Sequence] = []
         for s in sequences:
@@ -259,7 +261,9 @@ class Workers:
                     _tell(s.failed, e)
                     continue
                 (again if s.going else answered).append(s)
-        self._leave(engine, answered, "answered")
+        if answered:
+            engine.watch.told(engine, rows, len(answered), self._clock() - ended)
+            self._leave(engine, answered, "answered")
         with self._wake:
             engine.ran(seconds, len(answered))
         try:

@@ -27,6 +27,7 @@ T = TypeVar("T", bound=Ticket)
 
 UNKNOWN_S = 1e-5  # seconds that a step of a row is taken to cost before any ran
 LOOK = 4  # rounds' worth of who waits that is looked through for company: enough, and a long queue costs no more
+STANDS_S = 1.0  # seconds after which a long queue is no burst any more
 QUICKER = 0.5  # of the fastest rounds of late: what a ticket needs at the very least
 
 
@@ -52,6 +53,7 @@ class Limits:
     share: int = 8  # fewest rows worth giving a worker of its own
     queue: int = 1024  # tickets waiting or running
     wait: float = 10.0  # seconds that what is here may take before newcomers are refused
+    standing: float = 1.0  # the same where it has taken longer than that for a while: a burst is let in, what stays too much is not
     workers: int = 1
 
 
@@ -66,6 +68,8 @@ class Rounds(Generic[T]):
         self._deadlines: list[T] = []  # the nearest first
         self._hurried = False  # the last round began with who would have missed a deadline
         self._step_seconds = 0.0  # running mean cost of one row advancing one step
+        self._above: float | None = None  # since when what is here takes longer than it may stand
+        self._stands = False  # it has for a while
         self._pace = 0.0  # seconds that a ticket takes a step, in the fastest rounds of late
         self.tickets = 0  # waiting or running
         self.waiting_rows = 0
@@ -104,12 +108,13 @@ class Rounds(Generic[T]):
                     "QUEUE_FULL", f"{self.tickets} requests are waiting, the most this model queues; send again in {wait:.2f} s",
                     retry_after=wait, waiting=self.tickets, limit=limits.queue,
                 )  # fmt: skip
-        if self.tickets >= limits.rows and self.waiting_steps * self._step_seconds > limits.wait * limits.workers:
+        most = min(limits.standing, limits.wait) if self._stands else limits.wait
+        if self.tickets >= limits.rows and self.waiting_steps * self._step_seconds > most * limits.workers:
             wait = self._expected(self.accounts.find(claim))
-            if wait > limits.wait:
+            if wait > most:
                 raise Overloaded(
-                    "QUEUE_LONG", f"what is ahead takes {wait:.2f} s, more than the {limits.wait:g} s a request may wait; send again then",
-                    retry_after=wait, waiting=self.tickets, limit=f"{limits.wait:g} s",
+                    "QUEUE_LONG", f"what is ahead takes {wait:.2f} s, more than the {most:g} s a request may wait; send again then",
+                    retry_after=wait, waiting=self.tickets, limit=f"{most:g} s",
                 )  # fmt: skip
 
     def expected_wait(self) -> float:
@@ -144,6 +149,7 @@ class Rounds(Generic[T]):
         if workers > 1:
             everyone = self.waiting_rows + self.running_rows
             most = min(most, max(self.limits.share, -(-everyone // workers)))
+        self._look(now)
         line = self._first()
         first = line[0]
         self.accounts.served(first.account, first.order)
@@ -236,6 +242,18 @@ class Rounds(Generic[T]):
             del self._deadlines[0]
         return self._deadlines[0].deadline if self._deadlines else None
 
+    def _look(self, now: float) -> None:
+        """Whether more is here than may stand, and for how long it has been: before it is less than half of that, it is not over."""
+        takes = self.waiting_steps * self._step_seconds / self.limits.workers
+        if self._above is None:
+            if takes > self.limits.standing:
+                self._above = now
+        elif takes < self.limits.standing / 2:
+            self._above = None
+            self._stands = False
+        elif not self._stands and now - self._above >= STANDS_S:
+            self._stands = True
+
     def _note(self, ticket: T, deadline: float) -> None:
         """Keep a ticket's deadline in mind."""
         all = self._deadlines
@@ -280,11 +298,8 @@ class Rounds(Generic[T]):
         rows = ticket.rows
         steps = ticket.remaining
         chunk = self.limits.chunk
-        cost = (
-            rows
-            * (chunk if steps > chunk and ticket.cut else steps)
-            * (self._step_seconds or self.costs.a_row(ticket.graph, rows) or UNKNOWN_S)
-        )
+        each = self._step_seconds or self.costs.a_row(ticket.graph, rows) or UNKNOWN_S
+        cost = rows * (chunk if steps > chunk and ticket.cut else steps) * each
         ticket.order = order = self.accounts.enter(ticket.account, cost)
         line = self._waiting.get(ticket.key)
         if line is None:

@@ -62,6 +62,7 @@ class Rounds(Generic[T]):
 
     def __init__(self, limits: Limits, clock: Clock | None = None) -> None:
         self.limits = limits
+        self._room = min(limits.rows, limits.queue)  # tickets that are always let in
         self.costs = Costs()
         self.accounts = Accounts(clock or Clock())  # the clock is shared by engines, so that they compare
         self._waiting: dict[Hashable, list[T]] = {}  # by key, in order
@@ -78,8 +79,10 @@ class Rounds(Generic[T]):
 
     def admit(self, ticket: T, now: float, claim: Claim = ANYONE) -> None:
         """Take a newcomer. Raises Overloaded with when to come back, or DeadlineExceeded where its deadline can't be met."""
-        self.check(claim)
-        account = self.accounts.of(claim)
+        if self.tickets >= self._room:
+            self.check(claim)
+        accounts = self.accounts
+        account = accounts.of(claim)
         steps = ticket.rows * ticket.remaining
         deadline = claim.deadline
         if deadline is not None:
@@ -90,7 +93,10 @@ class Rounds(Generic[T]):
         ticket.account = account
         self.tickets += 1
         self.waiting_steps += steps
-        self.accounts.came(account, steps)
+        if not account.tickets:
+            accounts.active += 1
+        account.tickets += 1
+        account.steps += steps
         self._wait(ticket)
 
     def check(self, claim: Claim = ANYONE) -> None:
@@ -212,7 +218,9 @@ class Rounds(Generic[T]):
         account = ticket.account
         if ticket.remaining:
             account.steps -= ticket.rows * ticket.remaining
-        self.accounts.left(account)
+        account.tickets -= 1
+        if not account.tickets:
+            self.accounts.emptied()
         if not ticket.running:
             line = self._waiting.get(ticket.key)
             if line is not None and ticket in line:

@@ -63,12 +63,12 @@ class Account:
 class Accounts:
     """Those of one engine."""
 
-    __slots__ = ("_all", "_levelled", "active", "clock")
+    __slots__ = ("_all", "active", "clock", "levelled")
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self._all: dict[Hashable, Account] = {}
-        self._levelled = False  # whether any is of another class than the default
+        self.levelled = False  # whether any is of another class than the default
         self.active = 0  # that have tickets
 
     def of(self, claim: Claim) -> Account:
@@ -81,7 +81,7 @@ class Accounts:
                 self._forget()
             account = self._all[key] = Account(flow, level)
             if level != DEFAULT:
-                self._levelled = True
+                self.levelled = True
         return account
 
     def find(self, claim: Claim) -> Account | None:
@@ -92,12 +92,13 @@ class Accounts:
         now = self.clock.now
         finish = account.finish
         account.finish = finish = (finish if finish > now else now) + cost
-        if self._levelled:
+        if self.levelled:
             for level in range(account.level + 1, LEVELS + 1):
                 below = self._all.get(account.flow if level == DEFAULT else (account.flow, level))
                 if below is not None:
                     below.finish = max(below.finish, now) + cost
-        return finish - account.ahead
+            return finish - account.ahead
+        return finish
 
     def served(self, account: Account, order: float) -> None:
         """Who was first in the order is served: virtual time has come so far."""
@@ -105,21 +106,12 @@ class Accounts:
         if reached > self.clock.now:
             self.clock.now = reached
 
-    def came(self, account: Account, steps: int) -> None:
-        """A ticket more."""
-        if not account.tickets:
-            self.active += 1
-        account.tickets += 1
-        account.steps += steps
-
-    def left(self, account: Account) -> None:
-        """A ticket less."""
-        account.tickets -= 1
-        if not account.tickets:
-            self.active -= 1
-            if not self.active:  # nobody is here: nobody owes anybody
-                self._all.clear()
-                self._levelled = False
+    def emptied(self) -> None:
+        """An account's last ticket has left."""
+        self.active -= 1
+        if not self.active:  # nobody is here: nobody owes anybody
+            self._all.clear()
+            self.levelled = False
 
     def _forget(self) -> None:
         """Accounts that have nothing here and owe nothing."""

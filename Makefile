@@ -10,7 +10,7 @@ ENGINE ?= docker
 TARGET ?= server
 RUN ?=
 
-.PHONY: turn-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos docs docs-serve reference setup setup-dev setup-docs clean
+.PHONY: turn-cost round-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos docs docs-serve reference setup setup-dev setup-docs clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -50,6 +50,9 @@ series: setup-dev       ## the forecaster beside simpler methods on five data se
 
 crash: setup-dev        ## live sessions under kill -9: nothing lost, nothing doubled; RUN="--store redis"
 	$(BIN)/python -m tests.figures.crash $(RUN)
+
+round-cost: setup-dev   ## what sequences of mixed lengths cost in rounds, one thread, no gRPC
+	$(BIN)/python -m tests.figures.round_cost $(RUN)
 
 turn-cost: setup-dev    ## the server's own Python a turn and a call, one thread, no gRPC; RUN=--profile
 	$(BIN)/python -m tests.figures.turn_cost $(RUN)

@@ -371,7 +371,9 @@ def test_statistics(served: Served) -> None:
     s, b = after.inference_stats, before.inference_stats
     assert s.success.count - b.success.count == s.queue.count - b.queue.count == 5
     assert s.compute_input.count == s.compute_infer.count == s.compute_output.count == s.success.count
-    assert s.success.ns == pytest.approx(s.queue.ns + s.compute_infer.ns, abs=2)
+    assert s.success.ns == pytest.approx(s.queue.ns + s.compute_input.ns + s.compute_infer.ns + s.compute_output.ns, abs=4)
+    assert min(s.compute_input.ns, s.compute_output.ns) > 0
+    assert all(min(b.compute_input.ns, b.compute_infer.ns, b.compute_output.ns) > 0 for b in after.batch_stats)
     assert s.compute_infer.ns > b.compute_infer.ns
     rounds = {batch.batch_size: batch.compute_infer.count for batch in after.batch_stats}
     assert sum(rounds.values()) == after.execution_count

@@ -31,8 +31,9 @@ from server import keys as keys_room
 from server.errors import Overloaded, ServeError, Unauthenticated
 from server.keys import Keys
 from server.metrics import Metrics
-from server.quotas import Quota, Tenant
+from server.quotas import Caller, Quota, Tenant
 from server.rpc.answer import Desk
+from server.rpc.parameters import Parameters
 from tests import models, pins
 from tests.process import FRONTS, ROOT, Served, reason, serve
 from tests.test_server import tokens_request
@@ -502,7 +503,7 @@ FAULTS = {
     "a role": ('[[keys]]\ntenant = "a"\nrole = "SECRET"\nsha256 = "' + "0" * 64 + '"', "role is user or operator"),
     "a tenant": ('[[keys]]\ntenant = "A|B"\nsha256 = "' + "0" * 64 + '"', "tenant is a name"),
     "a quota": ("[tenants.a]\nsessions = -1\n" + entry("ann", "a"), "0 \\(no limit\\) or more"),
-    "another quota": ("[tenants.a]\nmodels = 1\n" + entry("ann", "a"), "there are only sessions, calls, streams, rate, burst"),
+    "another quota": ("[tenants.a]\nmodels = 1\n" + entry("ann", "a"), "there are only sessions, calls, streams, rate, burst, priority"),
     "twice": (entry("ann", "a") + entry("ann", "b"), "there twice"),
 }
 
@@ -717,3 +718,17 @@ def test_a_keyless_server_has_no_gate(library: Path) -> None:
     """Without --keys a method is started by the same code as before there were any."""
     started = Desk(Metrics(), False).unary(tasks_pb.ModelsRequest, lambda r, a: None).start
     assert "start_known" not in started.__qualname__
+
+
+@pytest.mark.parametrize(("asked", "most", "runs"), [(0, 0, 3), (1, 0, 1), (1, 2, 2), (4, 2, 4), (9, 0, 3), (0, 5, 5), (1, 3, 3)])
+def test_classes(asked: int, most: int, runs: int) -> None:
+    """A request runs in the class that it asks for, the default's where it asks for none or one that there isn't, and in none above
+    its tenant's highest; its share of the server is its tenant's."""
+
+    class Asker:
+        deadline = None
+        flow = "tenant"
+        caller = Caller("key", Tenant("t", Quota(priority=most)), False)
+
+    claim = Parameters(priority=asked).claim(Asker())  # type: ignore[arg-type]  # all that is asked of it
+    assert (claim.level, claim.flow) == (runs, "tenant")

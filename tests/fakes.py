@@ -194,7 +194,7 @@ class Fake:
             raise Refused(failure(grpc.StatusCode.FAILED_PRECONDITION, "that leaves a gap", "GAP", turn=str(kept.info.turn)))
         kept.info.acknowledged = max(kept.info.acknowledged, request.acknowledged)
         if request.turn == kept.info.turn + 1:
-            reply = live.TurnReply(session=request.session, turn=request.turn)
+            reply = live.TurnReply(session=request.session, turn=request.turn, timing=pb.Timing(queue=0.001, run=0.002, rounds=3))
             match request.WhichOneof("input"):
                 case "text":
                     text = "".join(t.text for t in kept.brought) + request.text

@@ -66,6 +66,8 @@ class App:
         services = [SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
         self.health = health.Health(services)
         self.keys = Keys(config.keys, config.keys_interval) if config.keys is not None else None
+        if self.keys is not None and self.keys.certified and config.tls_client_ca is None:
+            raise ValueError(f"{config.keys} has certificates, which callers can only show with --tls-client-ca")
         desk = Desk(self.metrics, config.access_log, Gate(self.keys) if self.keys is not None else None)
         methods = {
             **infer.methods(desk),

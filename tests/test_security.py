@@ -698,7 +698,7 @@ subject = "CN=client"
 """
 
 
-@pytest.mark.parametrize("front", ["direct", "queue", "public"])
+@pytest.mark.parametrize("front", ["direct", "public"])
 def test_tenants_by_certificate(front: str, certificates: Certificates, library: Path, tmp_path: Path) -> None:
     """Who shows a certificate of an entry is that tenant without a key: its sessions, its role. A key that is shown counts before
     it, right or wrong; who shows neither is told so; and an entry that is taken out is out for connections that are open."""

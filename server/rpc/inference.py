@@ -166,9 +166,7 @@ class Inference:
             return True
 
         def then(s: Sequence, outputs: Outputs) -> None:
-            told = wire.parameter(b"queue_us", int(s.queued * 1e6)) + wire.parameter(b"run_us", int(s.run * 1e6))
-            told += wire.parameter(b"rounds", s.rounds)
-            answer.done_bytes(usual.response(id, told, outputs))
+            answer.done_bytes(usual.response(id, wire.told(s), outputs))
 
         queued = model.tensors.start_packed(tuple(raw), usual.sizes.steps, then, answer.fail, given.deadline(answer.deadline))
         answer.cancel_by(lambda: model.engine.cancel(queued))
@@ -448,8 +446,8 @@ class _UsualStep(_Step):
     def brought(self, model: Model, rest: str) -> Plan:
         return Plan(self.reply, inputs=(self.raw, self.usual.sizes))
 
-    def reply(self, outputs: Outputs) -> bytes:
-        return self.usual.response(self.name, self.echo, outputs)
+    def reply(self, outputs: Outputs, ran: Sequence) -> bytes:
+        return self.usual.response(self.name, self.echo + wire.told(ran), outputs)
 
 
 def _packed(face: Face, request: pb.ModelInferRequest) -> tuple[tuple[bytes, ...], int] | None:

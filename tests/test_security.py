@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import queue
+import shutil
 import signal
 import ssl
 import subprocess
@@ -37,7 +39,7 @@ from server.keys import Keys
 from server.metrics import Metrics
 from server.quotas import Quota, Tenant
 from server.rpc.answer import Desk
-from tests import models, pins
+from tests import audit, models, pins
 from tests.process import ROOT, Served, reason, serve
 from tests.test_server import tokens_request
 from tests.test_turns import Calls, scores, turn
@@ -495,6 +497,33 @@ def test_no_guess_lets_in(shown: list[tuple[str, str | bytes]]) -> None:
     with pytest.raises(Unauthenticated):
         GUESSED.who(shown)
     assert not GUESSED._known
+
+
+# ---- What is installed ----
+
+
+def test_what_an_audit_says() -> None:
+    """Vulnerable, looked up and not looked up are told apart; what is no report is no clean bill."""
+    report = {
+        "dependencies": [
+            {"name": "a", "version": "1", "vulns": []},
+            {"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2.1"]}, {"id": "PYSEC-2", "fix_versions": []}]},
+            {"name": "c", "skip_reason": "not found"},
+        ],
+        "fixes": [],
+    }
+    found = audit.judged(json.dumps(report))
+    assert found.vulnerable == ("b 2: PYSEC-1, mended in 2.1", "b 2: PYSEC-2, mended in no release yet")
+    assert (found.asked, found.unknown) == (2, ("c",))
+    for said in ("exit 1", 'echo "No known vulnerabilities found"', "echo {}"):
+        with tempfile.NamedTemporaryFile("w") as program:
+            program.write(f"#!/bin/sh\n{said}\n")
+            program.flush()
+            Path(program.name).chmod(0o700)
+            copy = Path(shutil.copy(program.name, f"{program.name}-run"))  # a file that is open for writing can't be run
+            with pytest.raises(ValueError):
+                audit.audit(copy, ["a==1"])
+            copy.unlink()
 
 
 # ---- The file ----

@@ -9,7 +9,7 @@ ENGINE ?= docker
 TARGET ?= server
 RUN ?=
 
-.PHONY: turn-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
+.PHONY: turn-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload dashboard image compose-test protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -70,6 +70,9 @@ soak: setup-dev         ## ill-behaved callers beside well-behaved ones for MINU
 
 overload: setup-dev     ## three times what can be answered: what is kept, how soon the rest is refused, how soon it is over
 	$(BIN)/python -m tests.figures.overload --data $(DATA) $(RUN)
+
+dashboard: setup-dev    ## the dashboard's panels under load, into docs/images: DATA=DIR; needs prometheus, haproxy, redis-server
+	$(BIN)/python -m tests.figures.dashboard --data $(DATA) $(RUN)
 
 image:                  ## the server's image, seqserve:0.1.0; TARGET=gpu or load, ENGINE=podman, RUN="--build-arg BASE=…"
 	$(ENGINE) build --target $(TARGET) --tag seqserve:0.1.0$(if $(filter-out server,$(TARGET)),-$(TARGET)) $(RUN) .

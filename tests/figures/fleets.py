@@ -163,7 +163,7 @@ class Containers:
         for value in re.findall(r"'([^']*)'", _ran([sys.executable, "-m", "pip", "config", "list"])):
             for word in value.split():
                 path = Path(word.removeprefix("file://"))
-                if path.is_absolute() and path.is_dir():
+                if path.is_absolute() and path.exists():
                     found.add(path.parent if path.name == "simple" else path)  # an index names files that lie beside it
         mounts = [part for path in sorted(found) if path.exists() for part in ("--volume", f"{path}:{path}:ro")]
         return ["--isolation", "chroot", *mounts]

@@ -30,7 +30,7 @@ def traits(der: bytes) -> tuple[Trait, ...]:
         found += [("uri", name) for name in names.get_values_for_type(x509.UniformResourceIdentifier)]
         found += [("dns", name.lower()) for name in names.get_values_for_type(x509.DNSName)]
         found += [("email", name) for name in names.get_values_for_type(x509.RFC822Name)]
-    except ValueError as e:
+    except Exception as e:  # the library has errors of its own, straight from Exception, for versions and names that it does not know
         raise ValueError(f"the certificate can't be read: {e}") from None
     return tuple(found)
 

@@ -22,7 +22,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import seqserve
@@ -727,7 +727,7 @@ subject = "CN=client"
 """
 
 
-@pytest.mark.parametrize("front", ["direct", "public"])
+@pytest.mark.parametrize("front", ["direct", "direct --rpc-processes 2", "public"])
 def test_tenants_by_certificate(front: str, certificates: Certificates, library: Path, tmp_path: Path) -> None:
     """Who shows a certificate of an entry is that tenant without a key: its sessions, its role. A key that is shown counts before
     it, right or wrong; who shows neither is told so; and an entry that is taken out is out for connections that are open."""
@@ -736,7 +736,7 @@ def test_tenants_by_certificate(front: str, certificates: Certificates, library:
     pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))
     listed = sessions_pb2.ListRequest()
     with (
-        serve(library, "--front", front, "--keys", str(file), *pair, "--tls-client-ca", str(certificates.ca)) as server,
+        serve(library, "--front", *front.split(), "--keys", str(file), *pair, "--tls-client-ca", str(certificates.ca)) as server,
         ExitStack() as ends,
     ):
 
@@ -809,6 +809,7 @@ def test_certificates_that_nobody_can_show(library: Path, tmp_path: Path) -> Non
         App(Config(models=library, keys=file))
 
 
+@settings(max_examples=300)
 @given(st.binary() | st.integers(0, 2**16).flatmap(lambda at: st.binary(min_size=1, max_size=4).map(lambda cut: (at, cut))))
 def test_no_certificate_is_too_odd(certificates: Certificates, given: bytes | tuple[int, bytes]) -> None:
     """Whatever bytes a certificate is made of, it is read or refused, and lets nobody in."""

@@ -14,7 +14,7 @@ ENV PIP="/opt/pip/bin/pip --python /opt/seqserve/bin/python --disable-pip-versio
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
     [open(f'/tmp/{n}.txt', 'w').write('\n'.join(d)) for n, d in {**e, 'base': p['dependencies']}.items()]"
-RUN $PIP install --constraint constraints.txt --requirement /tmp/base.txt --requirement /tmp/redis.txt
+RUN $PIP install --constraint constraints.txt --requirement /tmp/base.txt --requirement /tmp/redis.txt --requirement /tmp/mtls.txt
 
 FROM build AS code
 COPY README.md LICENSE ./

@@ -10,7 +10,7 @@ ENGINE ?= docker
 TARGET ?= server
 RUN ?=
 
-.PHONY: turn-cost round-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos docs docs-serve reference setup setup-dev setup-docs clean
+.PHONY: turn-cost round-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos docs docs-serve reference dashboard setup setup-dev setup-docs clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -21,17 +21,17 @@ demo: setup             ## start a server, ask it real questions, stop it
 test: setup-dev         ## all tests
 	$(BIN)/python -m pytest $(RUN)
 
-check: setup-dev        ## format, lint, types, import arrows, generated stubs, pinned packages
+check: setup-dev        ## format, lint, types, import arrows, generated stubs, pinned packages, known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m protos --check
 	$(BIN)/python -m tests.pins
+	$(BIN)/python -m tests.audit
 
-audit: | .venv/bin/python ## known vulnerabilities of every pinned package (needs the network: PyPI's advisories)
-	test -x .venv-audit/bin/pip-audit || ($(BIN)/python -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.9')
-	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+audit: setup-dev        ## known vulnerabilities of every pinned package; fails where PyPI's advisories can't be reached
+	$(BIN)/python -m tests.audit --strict
 
 fuzz: setup-dev         ## nonsense thrown at a running server, MINUTES=n; RUN="--front public"
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(RUN)
@@ -75,6 +75,9 @@ soak: setup-dev         ## ill-behaved callers beside well-behaved ones for MINU
 overload: setup-dev     ## three times what can be answered: what is kept, how soon the rest is refused, how soon it is over
 	$(BIN)/python -m tests.figures.overload --data $(DATA) $(RUN)
 
+dashboard: setup-dev    ## the dashboard's panels under load, into docs/images: DATA=DIR; needs prometheus, haproxy, redis-server
+	$(BIN)/python -m tests.figures.dashboard --data $(DATA) $(RUN)
+
 image:                  ## the server's image, seqserve:0.1.0; TARGET=gpu or load, ENGINE=podman, RUN="--build-arg BASE=…"
 	$(ENGINE) build --target $(TARGET) --tag seqserve:0.1.0$(if $(filter-out server,$(TARGET)),-$(TARGET)) $(RUN) .
 
@@ -112,7 +115,7 @@ setup-docs: .venv/.docs
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[cpu,redis,otel,train,loadtest,docs,dev]'
+	$(PIP) --editable '.[cpu,redis,otel,train,loadtest,docs,mtls,dev]'
 	touch $@ .venv/.serve .venv/.docs
 
 clean:

@@ -17,6 +17,11 @@ from contract.propose import Port
 
 Array = np.ndarray[Any, Any]
 
+# One arena for all graphs. Each would have one of its own, which grows to the largest round it ever ran and keeps that: with the seven
+# shipped models 354 MiB resident after 1,800 random rounds by two threads, 204 with one between them, at the same speed.
+ort.create_and_register_allocator(
+    ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT), ort.OrtArenaCfg(0, -1, -1, -1)
+)
 ort.set_default_logger_severity(4)  # a failed run is an exception here already; its log line would say it twice
 
 _ONNX_DTYPES = {
@@ -78,6 +83,7 @@ def _session(file: Path) -> ort.InferenceSession:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     # Rounds differ in rows and steps all the time: a memory pattern per shape would be planned and never reused.
     options.enable_mem_pattern = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
     try:
         return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception

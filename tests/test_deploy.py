@@ -173,7 +173,7 @@ def test_image_has_what_the_server_needs() -> None:
     assert set(json.loads(packages[1])) <= copied
     assert set(re.findall(r"SEQSERVE_\w+", text)) <= KNOBS
     assert re.search(r"^USER \d+:\d+$", text, re.MULTILINE)
-    assert set(re.findall(r"/tmp/(\w+)\.txt", text)) == {"base", "redis", "cpu", "gpu", "loadtest"}
+    assert set(re.findall(r"/tmp/(\w+)\.txt", text)) == {"base", "redis", "mtls", "cpu", "gpu", "loadtest"}
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_exist() -> None:

@@ -6,7 +6,6 @@ Nothing here locks: the queue is touched with the workers' lock held, and a roun
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Listed
 from typing import Any, Protocol
@@ -18,7 +17,7 @@ from server.costs import Costs
 from server.errors import ModelFailed, ServeError
 from server.graph import OnnxGraph
 from server.rounds import Limits, Round, Rounds
-from server.sequence import Sequence, order, split, stack
+from server.sequence import Sequence, carried, order, split, stack
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +122,9 @@ class Engine:
         try:
             ordered = order(graph.graph, sequences)
             feeds = stack(graph.graph, ordered, round.steps)
-            # The thread's own time: that of day has in it what other threads held the interpreter for.
-            began = time.thread_time()
-            results = graph.run(feeds)
-            self.costs.learn(sequences[0].graph, round.rows, round.steps, time.thread_time() - began)
-            split(graph.graph, ordered, results, round.steps)
+            outputs, bank, seconds = graph.advance(feeds, carried(graph.graph, ordered, graph.fresh))
+            self.costs.learn(sequences[0].graph, round.rows, round.steps, seconds)
+            split(graph.graph, ordered, outputs, bank, round.steps)
         except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
             if len(sequences) == 1:
                 if not isinstance(e, ServeError):

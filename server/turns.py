@@ -26,7 +26,7 @@ from server.joined import join, joinable, part
 from server.sequence import Inputs, Packed, Sequence, Views
 from server.sessions import Begun, Kept, Pending, Session
 from server.shelf import Memory, Shelf, taken
-from server.states import Rows
+from server.states import Rows, settle
 from server.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -341,8 +341,7 @@ class Turns:
                     continue
                 told.append((session, self._sessions.commit(session, r.replies, r.memory, now), r.replies))
             self._shared.append(ran)
-            if len(self._shared) > OWNED_AFTER:
-                self._own(self._shared.popleft())
+            old = self._shared.popleft() if len(self._shared) > OWNED_AFTER else ()
         for _, done, replies in told:
             for pending, reply in zip(done, replies, strict=True):
                 self._tell((pending,), reply)
@@ -353,6 +352,8 @@ class Turns:
             r.replies = ()  # the session has it; `ran` is kept for the states' sake
         for session in following:
             self._run(session)
+        if old:
+            self._own(old)
         for id in moved:
             with suppress(ServeError):  # closed meanwhile
                 self._end(id, "taken")
@@ -389,13 +390,16 @@ class Turns:
                 self.failed(r.session, e)
             return None
 
-    def _own(self, ran: list[_Ran]) -> None:
-        """States that still lie in an old round's bank get arrays of their own: one idle session must not keep the whole bank.
-        With the lock held."""
-        for r in ran:
-            memory = r.memory
-            if r.session.state is memory and memory.rows is not None:
-                r.session.state = Memory(memory.rows.own(), memory.rest)
+    def _own(self, ran: Listed[_Ran]) -> None:
+        """States that still lie in an old round's bank get a place of their own: one idle session must not keep the whole bank."""
+        idle = [(r, r.memory.rows) for r in ran if r.session.state is r.memory and r.memory.rows is not None]
+        if not idle:
+            return
+        settled = settle([rows for _, rows in idle])
+        with self._changed:
+            for (r, rows), own in zip(idle, settled, strict=True):
+                if r.session.state is r.memory and own is not rows:
+                    r.session.state = Memory(own, r.memory.rest)
 
     def failed(self, session: Session, error: ServeError) -> None:
         """The first turn in line could not be run: it is told why, those behind it that they come too early now."""

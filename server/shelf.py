@@ -226,6 +226,7 @@ class Shelf:
                 continue
             packed = banks.get(id(rows.bank))
             if packed is None:
+                assert isinstance(rows.bank, tuple), "what lay on a device was copied"
                 packed = banks[id(rows.bank)] = Packed(rows.axes, rows.bank)
             records.append(Record(kept, wall + kept.ttl, None, memory.rest, (packed.count, packed.row(rows.start))))
         return self._store.write(records, removed)

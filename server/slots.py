@@ -40,9 +40,7 @@ class Slots:
         the way of rounds. Intervals as (start, count)."""
         found: list[tuple[int, int]] = []
         while count and self._gaps:
-            at = max(
-                range(len(self._gaps)), key=lambda i: (self._gaps[i][1] - self._gaps[i][0] >= count, self._gaps[i][1] % self.each == 0, i)
-            )
+            at = max(range(len(self._gaps)), key=lambda i: self._worth(i, count))
             start, end = self._gaps[at]
             some = min(count, end - start)
             found.append((self._cut(at, end - some, some), some))
@@ -59,6 +57,10 @@ class Slots:
         if at and self._gaps[at - 1][1] == start and start != self.each:
             start = self._gaps.pop(at - 1)[0]
         insort(self._gaps, (start, end))
+
+    def _worth(self, at: int, count: int) -> tuple[bool, bool, int]:
+        start, end = self._gaps[at]
+        return end - start >= count, end % self.each == 0, at
 
     def _at(self, start: int) -> int | None:
         """The gap that has a slot in it."""

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
-
 from server import shelf
 from server.catalog import Catalog
 from server.config import Config
@@ -24,7 +22,7 @@ from server.metrics import Metrics
 from server.rounds import Limits
 from server.rpc import health, inference, inference_stream, repository, sessions, tasks
 from server.rpc.answer import Desk
-from server.rpc.front import Options, choose_front
+from server.rpc.front import Options, Tls, choose_front
 from server.rpc.gate import Gate
 from server.rpc.parameters import SERVICE
 from server.rpc.settings import Settings
@@ -100,7 +98,7 @@ class App:
         for model in models:
             self.metrics.watch_queue(model.engine)
         self.metrics.models([("ready", len(models)), ("refused", len(self.catalog.refused))])
-        self.port = self.front.listen(f"{self.config.host}:{self.config.port}", _credentials(self.config))
+        self.port = self.front.listen(f"{self.config.host}:{self.config.port}", _tls(self.config))
         if self.config.metrics_port >= 0:
             self.metrics_port, self._stop_metrics = self.metrics.serve(self.config.host, self.config.metrics_port)
         self.workers.start()
@@ -166,12 +164,8 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _credentials(config: Config) -> grpc.ServerCredentials | None:
-    if config.tls_cert is None or config.tls_key is None:
-        return None
-    ca = config.tls_client_ca.read_bytes() if config.tls_client_ca else None
-    pair = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
-    return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+def _tls(config: Config) -> Tls | None:
+    return None if config.tls_cert is None or config.tls_key is None else Tls(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
 def _write(file: Path, text: str) -> None:

@@ -42,7 +42,7 @@ class Config:
     max_message_bytes: int = _knob(16 << 20, "size of one message; larger ones are refused")
     allow_shared_memory: bool = _knob(False, "let callers on this machine register POSIX shared memory and name it in place of bytes")
     server_name: str = _knob("seqserve", "what ServerMetadata says; clients written for another server may look for its name")
-    front: str = _knob("auto", "how calls are carried: queue (grpc's completion queue, fastest), public (grpc.aio), auto")
+    front: str = _knob("auto", "how calls are carried: direct (our own HTTP/2, by the thread that runs rounds), queue and public (grpc's), auto: direct")
     drain_seconds: float = _knob(30.0, "how long a stopping server waits for running requests")
     tls_cert: Path | None = _knob(None, "PEM certificate chain; with --tls-key, calls are encrypted")
     tls_key: Path | None = _knob(None, "PEM private key of --tls-cert")
@@ -72,8 +72,8 @@ class Config:
             faults.append("--session-ttl must be above 0")
         if self.move_sessions not in ("never", "compatible"):
             faults.append("--move-sessions must be never or compatible")
-        if self.front not in ("auto", "queue", "public"):
-            faults.append("--front must be auto, queue or public")
+        if self.front not in ("auto", "direct", "queue", "public"):
+            faults.append("--front must be auto, direct, queue or public")
         if self.log_level not in ("debug", "info", "warning", "error"):
             faults.append("--log-level must be debug, info, warning or error")
         if self.log_format not in ("text", "json"):

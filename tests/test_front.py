@@ -18,7 +18,7 @@ import grpc
 import pytest
 
 from server.rpc import queue_front
-from server.rpc.front import Call, Front, Metadata, Method, Options, Receiver, choose_front, server_stream, stream, unary
+from server.rpc.front import Call, Front, Metadata, Method, Options, Receiver, Tls, choose_front, server_stream, stream, unary
 from server.rpc.public_front import PublicFront
 from server.rpc.queue_front import QueueFront
 
@@ -116,7 +116,7 @@ class Served:
 Serve = Callable[..., Served]
 
 
-@pytest.fixture(params=["queue", "public"])
+@pytest.fixture(params=["direct", "queue", "public"])
 def kind(request: pytest.FixtureRequest) -> type[Front]:
     return choose_front(request.param)
 
@@ -922,7 +922,7 @@ def test_tls(kind: type[Front], tmp_path: Path) -> None:
     made = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
     subprocess.run([*made.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
     front = kind({"/t.S/Echo": unary(echo)})
-    port = front.listen("127.0.0.1:0", grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())]))
+    port = front.listen("127.0.0.1:0", Tls(certificate, key))
     front.start()
     options = [CUT, ("grpc.ssl_target_name_override", "localhost")]
     trusting = grpc.ssl_channel_credentials(certificate.read_bytes())

@@ -9,8 +9,10 @@ The contract of a handler: it never blocks, it may answer from any thread at any
 
 import logging
 import re
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import grpc
@@ -115,8 +117,40 @@ class Options:
     slots: int = 64
     """Calls gRPC may hand over before the polling thread has turned to the first of them (completion queue only)."""
 
+    keepalive_s: float = 30.0
+    """A connection of which nothing was heard for so long is asked whether anyone is there (direct front only)."""
+
+    keepalive_timeout_s: float = 20.0
+    """And given up with its calls where nothing comes for so long after that."""
+
 
 DEFAULTS = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files of a certificate chain and its key; with `client_ca`, callers must prove themselves with a certificate of it."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For gRPC's own servers. Raises OSError."""
+        ca = self.client_ca.read_bytes() if self.client_ca else None
+        pair = (self.key.read_bytes(), self.cert.read_bytes())
+        return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+
+    def context(self) -> ssl.SSLContext:
+        """For Python's sockets. Raises OSError, of which ssl.SSLError is one."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["h2"])
+        context.load_cert_chain(self.cert, self.key)
+        if self.client_ca is not None:
+            context.load_verify_locations(self.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
 
 class Besides(Protocol):
@@ -144,8 +178,8 @@ class Front(Protocol):
     def live(self) -> int:
         """Calls that have begun and are not over."""
 
-    def listen(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
-        """Bind `host:port` (port 0: any free one) and give the port bound; OSError if it is taken. Without credentials: no TLS."""
+    def listen(self, address: str, tls: Tls | None = None) -> int:
+        """Bind `host:port` (port 0: any free one) and give the port bound; OSError if it is taken or a file of `tls` can't be read."""
 
     def start(self) -> None:
         """Accept calls."""
@@ -161,20 +195,18 @@ class Front(Protocol):
 
 
 def choose_front(which: str = "auto") -> type[Front]:
-    """The front called "queue" or "public", or with "auto" the completion queue if this grpcio is one it was tested with."""
-    from server.rpc import public_front, queue_front
+    """The front called "direct", "queue" or "public"; with "auto" the first of them."""
+    from server.rpc import direct_front, public_front, queue_front
 
-    if which not in ("auto", "queue", "public"):
-        raise ValueError(f"no front is called {which!r}; there are auto, queue and public")
+    if which not in ("auto", "direct", "queue", "public"):
+        raise ValueError(f"no front is called {which!r}; there are auto, direct, queue and public")
     if which == "public":
         return public_front.PublicFront
-    fault = queue_front.unusable()
-    if fault is None:
-        return queue_front.QueueFront
     if which == "queue":
-        raise RuntimeError(f"the completion-queue front cannot be used: {fault}")
-    logger.warning("calls are carried by grpcio's public API, at several times the CPU: %s", fault)
-    return public_front.PublicFront
+        if (fault := queue_front.unusable()) is not None:
+            raise RuntimeError(f"the completion-queue front cannot be used: {fault}")
+        return queue_front.QueueFront
+    return direct_front.DirectFront
 
 
 # ---- What both fronts must say and do alike ----

@@ -27,6 +27,7 @@ from server.rpc.front import (
     Method,
     Options,
     Receiver,
+    Tls,
     cannot_listen,
     channel_arguments,
     metadata_fault,
@@ -248,9 +249,9 @@ class PublicFront:
     def live(self) -> int:
         return len(self._calls)
 
-    def listen(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+    def listen(self, address: str, tls: Tls | None = None) -> int:
         try:
-            return self._do(self._listen(address, credentials))
+            return self._do(self._listen(address, None if tls is None else tls.credentials()))
         except RuntimeError as fault:
             raise OSError(cannot_listen(address)) from fault
 

@@ -23,6 +23,7 @@ from server.rpc.front import (
     Besides,
     Method,
     Options,
+    Tls,
     cannot_listen,
     channel_arguments,
     no_such_method,
@@ -92,8 +93,8 @@ class QueueFront:
     def live(self) -> int:
         return len(self._calls)
 
-    def listen(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
-        secret = () if credentials is None else (cast(Any, credentials)._credentials,)
+    def listen(self, address: str, tls: Tls | None = None) -> int:
+        secret = () if tls is None else (cast(Any, tls.credentials())._credentials,)
         port: int = self._server.add_http2_port(address.encode(), *secret)
         if not port:
             raise OSError(cannot_listen(address))

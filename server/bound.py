@@ -280,6 +280,20 @@ class BoundGraph(OnnxGraph):
     def fresh(self, rows: int) -> Rows:
         return self.banks.fresh(rows)
 
+    @property
+    def about(self) -> list[tuple[str, str, float]]:
+        banks, slots = self.banks, self.banks.slots
+        return [
+            ("seqserve_device_slots", "taken", slots.taken), ("seqserve_device_slots", "free", slots.count - slots.taken),
+            ("seqserve_device_rounds_total", "bound", banks.bound), ("seqserve_device_rounds_total", "gathered", banks.gathered),
+            ("seqserve_device_rounds_total", "no_room", banks.refused),
+            ("seqserve_device_state_bytes_total", "to", banks.brought), ("seqserve_device_state_bytes_total", "from", banks.fetched),
+            ("seqserve_device_busy_seconds_total", "", self.busy),
+        ]  # fmt: skip
+
+    def keeps(self, rows: Rows) -> bool:
+        return isinstance(rows.bank, Block) and rows.bank.home is self.banks
+
     def size(self, rows: int) -> int:
         """The rows that a round of so many is made up to."""
         return next((size for size in self._sizes if size >= rows), rows)
@@ -441,7 +455,8 @@ def _made_up(array: Array, tensor: Tensor, size: int) -> Array:
     """The last row again and again: values that the model can take."""
     axis = tensor.batch_axis
     assert axis is not None
-    return array.take(np.minimum(np.arange(size), array.shape[axis] - 1), axis)
+    made: Array = array.take(np.minimum(np.arange(size), array.shape[axis] - 1), axis)
+    return made
 
 
 def _cut(array: Array, tensor: Tensor, rows: int) -> Array:

@@ -1,28 +1,29 @@
 """All engines: bundles on disk → models that can be called; names and versions → one of them.
 
 A bundle is checked in full before it serves: its description, its files, its graphs against its description, its task,
-and a first run of every graph. A damaged one is refused with every fault listed, and the others serve on.
+and a first run of every graph; on a GPU, that it answers as on the CPU. A damaged one is refused with every fault listed, and the
+others serve on. A model has an engine for each device.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from contract import bundle as contract
-from contract.bundle import BATCH, TIME, Bundle, BundleError, Graph, Tensor, is_ragged
-from server import dropin
+from contract import tolerance
+from contract.bundle import Bundle, BundleError, Graph
+from server import dropin, trial
+from server.bound import BoundGraph, unbound
+from server.devices import Device, Placement
 from server.engine import Engine, Watch
 from server.errors import NotFound, listed
 from server.graph import OnnxGraph
-from server.inputs import spell
 from server.rounds import Limits
+from server.sequence import Sequence
 from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
 from server.tasks.generate import Generator
@@ -54,6 +55,20 @@ KINDS: Mapping[str, Kind] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Trials:
+    """How the sizes of rounds are found for each model: as given, or for those that are None measured when it is loaded, in about
+    `seconds`; what was measured is kept in `notes`, where there is such a file."""
+
+    rows: int | None = 64
+    chunk: int | None = 32
+    seconds: float = 0.5
+    notes: Path | None = None
+
+
+LANES = 2  # rounds of a model under way at once on a device: one runs there while the next is stacked and the last is answered
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """One version of a model, ready to be called."""
 
@@ -71,9 +86,19 @@ class Catalog:
     Where there is no bundle.json but one ONNX file, its contract is proposed from the file itself (dropin.py).
     """
 
-    def __init__(self, workers: Workers, limits: Limits, watch: Watch, most_rows: int) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        limits: Limits,
+        watch: Watch,
+        most_rows: int,
+        placement: Placement | None = None,
+        trials: Trials | None = None,
+    ) -> None:
         self._workers = workers
         self._limits = limits
+        self._placement = placement or Placement()
+        self._trials = trials or Trials(limits.rows, limits.chunk)
         self._watch = watch
         self._most_rows = most_rows
         self._directory = Path()
@@ -107,26 +132,23 @@ class Catalog:
         bundle = dropin.bundle(directory, name) if dropin.is_one(directory) else contract.load(directory)
         if bundle.name != name:
             raise BundleError(str(directory), [f"the bundle is named {bundle.name!r}: rename the directory or export it anew"])
-        graphs: dict[str, OnnxGraph] = {}
+        engines: list[Engine] = []
         faults = _task_faults(bundle)
-        ran: list[tuple[str, int, float]] = []
-        for key, graph in bundle.graphs.items():
-            try:
-                graphs[key] = OnnxGraph(graph, directory / graph.file)
-                found, times = _first_run(graphs[key])
-                faults += [f"graph {key!r}: {fault}" for fault in found]
-                ran += [(key, rows, seconds) for rows, seconds in times]
-            except BundleError as e:
-                faults += [f"graph {key!r}: {fault}" for fault in e.faults]
-        if faults:
-            raise BundleError(str(directory), faults)
-        engine = Engine(bundle, version, graphs, self._workers, self._limits, self._watch)
-        for which, rows, seconds in ran:
-            engine.costs.learn(which, rows, 1, seconds)
+        for device in self._placement.devices:
+            found, engine = self._engine(bundle, version, directory, device, engines[0] if engines else None)
+            faults += found
+            if engine is None or faults:
+                for made in (*engines, *((engine,) if engine is not None else ())):
+                    self._workers.remove(made)
+                raise BundleError(str(directory), faults)
+            engines.append(engine)
+        engine = engines[0]
+        engine.others = tuple(engines[1:])
         try:
             task = KINDS[bundle.kind].make(engine, directory) if bundle.kind in KINDS else None
         except Exception as e:  # a vocabulary file that is none, a number that is none: the tokenizers library raises bare Exception
-            self._workers.remove(engine)
+            for made in engines:
+                self._workers.remove(made)
             fault = f"task {bundle.kind!r} can't be set up ({type(e).__name__}: {e}): export the model again"
             raise BundleError(str(directory), [fault]) from None
         model = Model(name, version, bundle, engine, Tensors(engine, self._most_rows), task)
@@ -138,6 +160,66 @@ class Catalog:
             before.engine.retire()
         log.info("ready: %s version %s (%s)", name, version, bundle.kind)
         return model
+
+    def _engine(
+        self, bundle: Bundle, version: str, directory: Path, device: Device, first: Engine | None
+    ) -> tuple[list[str], Engine | None]:
+        """The engine of a model on one device, or what is wrong with it there."""
+        graphs: dict[str, OnnxGraph] = {}
+        faults: list[str] = []
+        ran: list[tuple[str, int, float]] = []
+        rows = self._trials.rows or trial.ROWS[-1]
+        for key, graph in bundle.graphs.items():
+            try:
+                graphs[key] = onnx = self._graph(graph, directory / graph.file, device, rows)
+                found, times = trial.first_run(onnx)
+                if not found and not device.near:
+                    found = trial.agree(onnx, OnnxGraph(graph, directory / graph.file), tolerance.allowed(bundle.verified, key))
+                if not found and isinstance(onnx, BoundGraph) and (why := onnx.check_captured()) is not None:
+                    log.warning("%s %s: graph %r is not run as CUDA graphs: %s", bundle.name, version, key, why)
+                faults += [f"graph {key!r}: {fault}" for fault in found]
+                ran += [(key, rows, seconds) for rows, seconds in times]
+            except BundleError as e:
+                faults += [f"graph {key!r}: {fault}" for fault in e.faults]
+        if faults:
+            return faults, None
+        limits, points = self._sizes(bundle, graphs[bundle.main])
+        if not device.near:
+            limits = replace(limits, workers=LANES, lanes=LANES)
+        engine = Engine(bundle, version, graphs, self._workers, limits, self._watch if first is None else _For(first, self._watch))
+        engine.measured = points
+        for which, many, seconds in ran:
+            engine.costs.learn(which, many, 1, seconds)
+        for point in points:
+            engine.costs.learn(bundle.main, point.rows, point.steps, point.seconds)
+        return [], engine
+
+    def _graph(self, graph: Graph, file: Path, device: Device, rows: int) -> OnnxGraph:
+        if self._placement.banks and unbound(graph) is None:
+            return BoundGraph(graph, file, device, self._placement, rows)
+        return OnnxGraph(graph, file, device, self._placement)
+
+    def _sizes(self, bundle: Bundle, onnx: OnnxGraph) -> tuple[Limits, Listed[trial.Point]]:
+        """How large its rounds are to be, and what that was measured by."""
+        trials = self._trials
+        if trials.rows is not None and trials.chunk is not None:
+            return replace(self._limits, rows=trials.rows, chunk=trials.chunk), ()
+        notes = trial.Notes(trials.notes) if trials.notes is not None else None
+        key = f"{bundle.fingerprint} {onnx.device} {'banks' if isinstance(onnx, BoundGraph) else 'host'}"
+        points = notes.get(key) if notes is not None else None
+        if points is None:
+            points = trial.measure(onnx, trials.seconds, trials.rows or trial.ROWS[-1])
+            if notes is not None:
+                notes.put(key, points)
+        sizes = trial.choose(points)
+        limits = replace(self._limits, rows=trials.rows or sizes.rows, chunk=trials.chunk or sizes.chunk)
+        if not onnx.device.near:  # on a CPU a round of few rows leaves another core to another round
+            limits = replace(limits, share=min(sizes.share, limits.rows))
+        log.info(
+            "%s on %s: rounds of at most %d rows and %d steps, by ms a round:\n%s", bundle.name, onnx.device, limits.rows, limits.chunk,
+            trial.table(points),
+        )  # fmt: skip
+        return limits, points
 
     def update(self, name: str) -> list[Model]:
         """Make what is served of a model what is on disk: new and changed versions are loaded, ones that went are unloaded.
@@ -243,43 +325,18 @@ def _task_faults(bundle: Bundle) -> list[str]:
     return faults
 
 
-def _first_run(onnx: OnnxGraph) -> tuple[list[str], list[tuple[int, float]]]:
-    """Warm up with one row and with several, and see that the outputs have the promised forms; what is wrong, and by rows the
-    seconds that a step took."""
-    graph = onnx.graph
-    times = []
-    for rows, steps in ((1, 1), (min(3, graph.max_rows), min(2, graph.max_time))):
-        feeds = {t.name: _sample(t, rows, steps) for t in graph.inputs} | {s.input: s.fresh(rows) for s in graph.states}
-        try:
-            results = onnx.run(feeds)
-            began = time.thread_time()
-            results = onnx.run(feeds)
-            times.append((rows, (time.thread_time() - began) / steps))
-        except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
-            return [f"does not run with {rows} rows of {steps} steps: {str(e)[:300]}"], []
-        sizes = {BATCH: rows, TIME: steps}
-        promised = [(t.name, t.axes, spell(t)) for t in graph.outputs]
-        promised += [(s.output, s.axes, f"{s.dtype} {list(s.axes)}") for s in graph.states]
-        for (name, axes, text), array in zip(promised, results, strict=True):
-            wanted = [a if isinstance(a, int) else sizes.get(a, rows * _CELLS if is_ragged(a) else _CELLS) for a in axes]
-            if list(array.shape) != wanted:
-                return [f"output {name!r} is {list(array.shape)} for {rows} rows of {steps} steps; promised is {text}"], []
-    return [], times
+class _For:
+    """Reports an engine's rounds and sequences as the first's of its model. Satisfies engine.Watch."""
+
+    def __init__(self, first: Engine, watch: Watch) -> None:
+        self._first = first
+        self._watch = watch
+
+    def round(self, engine: Engine, graph: str, rows: int, steps: int, seconds: float) -> None:
+        self._watch.round(self._first, graph, rows, steps, seconds)
+
+    def left(self, engine: Engine, sequences: Listed[Sequence], reason: str) -> None:
+        self._watch.left(self._first, sequences, reason)
 
 
-_CELLS = 2  # the length of every other named axis in a first run
-
-
-def _sample(tensor: Tensor, rows: int, steps: int) -> np.ndarray[Any, Any]:
-    sizes = {BATCH: rows, TIME: steps}
-    shape = [a if isinstance(a, int) else sizes.get(a, rows * _CELLS if is_ragged(a) else _CELLS) for a in tensor.axes]
-    if tensor.role == "row":
-        return np.repeat(np.arange(rows, dtype=tensor.numpy_dtype), _CELLS)
-    if tensor.role == "lengths":
-        return np.full(rows, steps, tensor.numpy_dtype)
-    if tensor.dtype == "string":
-        return np.full(shape, "0", tensor.numpy_dtype)  # a text that graphs which read numbers can read too
-    return np.full(shape, tensor.low or 0, tensor.numpy_dtype)
-
-
-__all__ = ["Catalog", "Graph", "Model"]
+__all__ = ["Catalog", "Graph", "Model", "Trials"]

@@ -61,6 +61,15 @@ class OnnxGraph:
         """The state of `rows` rows that have read nothing; one such row is the same for all."""
         return self._row if rows == 1 else states.fresh(self.graph, rows)
 
+    @property
+    def about(self) -> list[tuple[str, str, float]] | None:
+        """What it counts of states on its device: metric, its last label, value. None where none lie there."""
+        return None
+
+    def keeps(self, rows: Rows) -> bool:
+        """Whether rows lie where this graph has its own."""
+        return False
+
     def advance(self, feeds: dict[str, Array], carried: Sequence[Rows]) -> tuple[Sequence[Array], Bank, float]:
         """One round from the rows' states on, in order: its outputs, what holds all rows' next states, and the seconds that the run
         took. Those are this thread's own on a CPU, as the time of day has in it what other threads held the interpreter for."""

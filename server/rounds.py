@@ -65,6 +65,7 @@ class Limits:
     queue: int = 1024  # tickets waiting or running
     wait: float = 10.0  # seconds that what is here may take before newcomers are refused
     workers: int = 1
+    lanes: int = 0  # rounds under way at once; 0 is no limit. On a device one runs while the next is prepared
 
 
 class Rounds(Generic[T]):
@@ -80,6 +81,7 @@ class Rounds(Generic[T]):
         self.tickets = 0  # waiting or running
         self.waiting_rows = 0
         self.running_rows = 0
+        self.under_way = 0  # rounds
         self.waiting_steps = 0  # rows × remaining steps, waiting or running
 
     def admit(self, ticket: T, now: float) -> None:
@@ -116,13 +118,21 @@ class Rounds(Generic[T]):
 
     def peek(self) -> tuple[T, int, int] | None:
         """The first ticket of the next round, and about how many rows and steps it will have; None where nothing waits."""
-        if not self._waiting:
+        if not self._waiting or self.full:
             return None
         first = next(iter(self._first()[1]))
         return first, min(self.waiting_rows, self.limits.rows) if first.shared else first.rows, self._stride(first)
 
+    @property
+    def full(self) -> bool:
+        """Whether as many rounds are under way as may be."""
+        return 0 < self.limits.lanes <= self.under_way
+
     def oldest(self) -> int | None:
-        """The place in the order of service of who waits longest, to compare engines by."""
+        """The place in the order of service of who waits longest, to compare engines by; None where nobody does, or all lanes are
+        taken."""
+        if self.full:
+            return None
         return min((next(iter(line)).order for line in self._waiting.values()), default=None)
 
     def next(self, workers: int | None = None) -> Round[T] | None:
@@ -130,7 +140,7 @@ class Rounds(Generic[T]):
         `workers`, by default the limits'."""
         if workers is None:
             workers = self.limits.workers
-        if not self._waiting:
+        if not self._waiting or self.full:
             return None
         key, line = self._first()
         most = self.limits.rows
@@ -156,12 +166,14 @@ class Rounds(Generic[T]):
             del self._waiting[key]
         self.waiting_rows -= rows
         self.running_rows += rows
+        self.under_way += 1
         return Round(key, tuple(chosen), steps)
 
     def done(self, round: Round[T], seconds: float) -> None:
         """A round ran: its tickets have `steps` less to do. Call `again` or `leave` for each of them next."""
         rows = round.rows
         self.running_rows -= rows
+        self.under_way -= 1
         self.waiting_steps -= rows * round.steps
         cost = seconds / (rows * round.steps)
         self._step_seconds += (cost - self._step_seconds) * (0.1 if self._step_seconds else 1.0)

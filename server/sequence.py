@@ -34,8 +34,8 @@ class Sequence(Ticket):
     """
 
     __slots__ = (
-        "cells", "done", "failed", "going", "graph", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state", "steps",
-        "then",
+        "cells", "done", "engine", "failed", "going", "graph", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state",
+        "steps", "then",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +49,7 @@ class Sequence(Ticket):
     ) -> None:
         self.order = 0  # of the ticket: it is queued nowhere yet
         self.gone = self.running = False
+        self.engine: Any = None  # that has it, where a model has several
         self.remaining = 0
         self.then = then
         self.failed = failed

@@ -25,7 +25,7 @@ _FEW = 3  # rows of a run that are cheaper sliced than picked one by one: a slic
 class Home(ABC):
     """What keeps blocks: the slots of a graph on a device."""
 
-    __slots__ = ()
+    row_bytes: int  # of all states of one row
 
     @abstractmethod
     def fetch(self, rows: Sequence[Rows]) -> tuple[Array, ...]:
@@ -66,6 +66,13 @@ class Rows:
         if isinstance(self.bank, Block):
             return self.bank.count == self.count
         return not self.bank or self.bank[0].shape[self.axes[0]] == self.count
+
+    @property
+    def bytes(self) -> int:
+        """What they take."""
+        if isinstance(self.bank, Block):
+            return self.count * self.bank.home.row_bytes
+        return sum(array.nbytes for array in self.arrays())
 
     def arrays(self) -> tuple[Array, ...]:
         """The rows themselves: views, or a copy of what lies on a device."""

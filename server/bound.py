@@ -313,8 +313,7 @@ class BoundGraph(OnnxGraph):
         target = banks.take(size, start)
         if target is None:
             return self._unbound(feeds, carried)
-        if size > rows:
-            feeds = {t.name: _made_up(feeds[t.name], t, size) for t in self.graph.inputs}
+        made_up = {t.name: _made_up(feeds[t.name], t, size) for t in self.graph.inputs} if size > rows else feeds
         steps = next((feeds[t.name].shape[t.time_axis] for t in self.graph.inputs if t.time_axis is not None), 1)
         with self._turn:
             clock = time.thread_time if self.device.near else time.perf_counter
@@ -329,9 +328,9 @@ class BoundGraph(OnnxGraph):
                 banks.bound += 1
             outputs = None
             if self._captures and source is None and steps == 1:
-                outputs = self._replayed(feeds, (start, target.start, size))
+                outputs = self._replayed(made_up, (start, target.start, size))
             if outputs is None:
-                outputs = self._bound(feeds, start, target.start, size, steps)
+                outputs = self._bound(made_up, start, target.start, size, steps)
             seconds = clock() - began
             self.busy += seconds
         if size > rows:

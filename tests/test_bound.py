@@ -3,7 +3,6 @@ rounds are to be. On a CPU here, through the same banks and bindings as on a GPU
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,8 +134,7 @@ PAIRS: dict[tuple[str, int, bool, bool], tuple[BoundGraph, OnnxGraph]] = {}
 
 
 def only_the_fresh_row(bound: BoundGraph) -> bool:
-    """Whether one slot is taken, when all that nobody holds is counted free."""
-    gc.collect()
+    """Whether one slot is taken, when all that nobody holds is counted free: at once, no garbage collector is waited for."""
     probe = bound.banks.take(1)
     return probe is not None and bound.banks.slots.taken == 2
 

@@ -27,7 +27,7 @@ import numpy as np
 from contract.bundle import BATCH, TIME, BundleError, Graph, State, Tensor
 from server import gather, states
 from server.devices import Device, Placement
-from server.graph import Array, Binding, Fixed, Loaded, Memory, OnnxGraph
+from server.graph import Array, Binding, Loaded, Memory, OnnxGraph
 from server.slots import Slots
 from server.states import Bank, Block, Home, Picked, Rows
 
@@ -70,10 +70,16 @@ class Banks(Home):
         self._befores = befores
         each = max(8, min(placement.room // (2 * max(1, self.row_bytes)), placement.sessions + ROUNDS * rows))
         self.slots = Slots(each)
-        self._memory = [
-            Memory(device, s.numpy_dtype, 2 * each * before * after)
-            for s, before, after in zip(graph.states, self._before, self._after, strict=True)
-        ]
+        try:
+            self._memory = [
+                Memory(device, s.numpy_dtype, 2 * each * before * after)
+                for s, before, after in zip(graph.states, self._before, self._after, strict=True)
+            ]
+        except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
+            size = 2 * each * self.row_bytes >> 20
+            raise BundleError(
+                str(device), [f"{size} MiB for its states don't fit on {device}: lower --device-state-mb ({e})"[:300]]
+            ) from None
         self._mover = Loaded(gather.model([(s.dtype, g) for s, g in zip(graph.states, self._group, strict=True)]), device)
         self._lock = threading.Lock()  # of the slots
         self.dead: deque[tuple[int, int]] = deque()  # blocks that nobody holds any more, told from whatever thread let go
@@ -135,14 +141,19 @@ class Banks(Home):
             at += picked
         return Places(self.flat, np.array(starts), np.array(counts), np.array(at))
 
-    def gather(self, places: Places, count: int) -> Held | None:
-        """Those rows as one new block of `count`, the last ones being the last again where there are fewer. None: no room."""
+    def gathering(self, places: Places, count: int) -> tuple[Held, Binding] | None:
+        """A new block of `count` for those rows, the last ones being the last again where there are fewer, and the run that gathers
+        them into it, for `gather`. None: no room."""
         block = self.take(count)
         if block is None:
             return None
-        self._move(places.padded(count), block.start, count)
+        binding = self._from(places.padded(count))
+        self._into(binding, block.start, count)
+        return block, binding
+
+    def gather(self, binding: Binding) -> None:
+        self._mover.run(binding)
         self.gathered += 1
-        return block
 
     def fetch(self, rows: Sequence[Rows]) -> tuple[Array, ...]:
         places = self.find(rows)
@@ -249,18 +260,6 @@ def shape_of(state: State, rows: int) -> tuple[int, ...]:
     return tuple(rows if axis == BATCH else int(axis) for axis in state.axes)
 
 
-class _Captured:
-    """A round of one step between two blocks, as a CUDA graph: with inputs and outputs at places of their own."""
-
-    __slots__ = ("binding", "inputs", "number", "outputs")
-
-    def __init__(self, binding: Binding, inputs: list[Fixed], outputs: list[Fixed], number: int) -> None:
-        self.binding = binding
-        self.inputs = inputs
-        self.outputs = outputs
-        self.number = number
-
-
 class BoundGraph(OnnxGraph):
     """A graph with states, whose rows stay on the device. Answers are those of OnnxGraph on that device, bit for bit: only the
     places differ."""
@@ -270,7 +269,6 @@ class BoundGraph(OnnxGraph):
         if fault := unbound(graph):
             raise BundleError(str(file), [fault])
         self.banks = Banks(graph, device, placement, rows)
-        self.busy = 0.0  # seconds that the device, or the thread on a CPU, was at it: gathering and running
         self._turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext() if device.near else threading.Lock()
         self._sizes = _SIZES if placement.buckets and all(t.batch_axis is not None and not t.ragged for t in graph.inputs) else ()
         self._known = all(_known(t) for t in graph.outputs)
@@ -288,7 +286,7 @@ class BoundGraph(OnnxGraph):
             ("seqserve_device_rounds_total", "bound", banks.bound), ("seqserve_device_rounds_total", "gathered", banks.gathered),
             ("seqserve_device_rounds_total", "no_room", banks.refused),
             ("seqserve_device_state_bytes_total", "to", banks.brought), ("seqserve_device_state_bytes_total", "from", banks.fetched),
-            ("seqserve_device_busy_seconds_total", "", self.busy),
+            *super().about,
         ]  # fmt: skip
 
     def keeps(self, rows: Rows) -> bool:
@@ -314,25 +312,25 @@ class BoundGraph(OnnxGraph):
         if target is None:
             return self._unbound(feeds, carried)
         made_up = {t.name: _made_up(feeds[t.name], t, size) for t in self.graph.inputs} if size > rows else feeds
+        gathering = None
+        if start is None:
+            gathering = banks.gathering(places, size)
+            if gathering is None:
+                return self._unbound(feeds, carried)
+            start = gathering[0].start
         steps = next((feeds[t.name].shape[t.time_axis] for t in self.graph.inputs if t.time_axis is not None), 1)
+        captured = self._capture(made_up, (start, target.start, size)) if self._captures and gathering is None and steps == 1 else None
+        run = captured or _Run(self, made_up, start, target.start, size, steps)
         with self._turn:
             clock = time.thread_time if self.device.near else time.perf_counter
             began = clock()
-            source = None
-            if start is None:
-                source = banks.gather(places, size)
-                if source is None:
-                    return self._unbound(feeds, carried)
-                start = source.start
+            if gathering is not None:
+                banks.gather(gathering[1])
             else:
                 banks.bound += 1
-            outputs = None
-            if self._captures and source is None and steps == 1:
-                outputs = self._replayed(made_up, (start, target.start, size))
-            if outputs is None:
-                outputs = self._bound(made_up, start, target.start, size, steps)
+            outputs = run(made_up)
             seconds = clock() - began
-            self.busy += seconds
+            self._ran(seconds)
         if size > rows:
             outputs = [_cut(array, t, rows) for array, t in zip(outputs, self.graph.outputs, strict=True)]
         return outputs, target, seconds
@@ -383,26 +381,8 @@ class BoundGraph(OnnxGraph):
         self.banks.refused += 1
         return super().advance(feeds, carried)
 
-    def _bound(self, feeds: dict[str, Array], start: int, target: int, size: int, steps: int) -> list[Array]:
-        binding = self.loaded.bind()
-        for name, array in feeds.items():
-            binding.feed(name, array)
-        self.banks.take_in(binding, start, size)
-        given: list[Array | None] = []
-        for tensor in self.graph.outputs:
-            if _known(tensor):
-                array = np.empty([_length(axis, size, steps) for axis in tensor.axes], tensor.numpy_dtype)
-                binding.give(tensor.name, array)
-                given.append(array)
-            else:
-                binding.ask(tensor.name)
-                given.append(None)
-        self.banks.leave_in(binding, target, size)
-        self.loaded.run(binding)
-        return [array if array is not None else binding.given(place) for place, array in enumerate(given)]
-
-    def _replayed(self, feeds: dict[str, Array], key: tuple[int, int, int]) -> list[Array] | None:
-        """The round as a CUDA graph; None where it isn't one: seen for the first time, or there are too many."""
+    def _capture(self, feeds: dict[str, Array], key: tuple[int, int, int]) -> _Captured | None:
+        """The round between two blocks as a CUDA graph; None where it isn't one: seen for the first time, or there are too many."""
         if key not in self._captured:
             if len(self._captured) < 16 * GRAPHS:
                 self._captured[key] = None
@@ -412,18 +392,58 @@ class BoundGraph(OnnxGraph):
             number = sum(c is not None for c in self._captured.values()) + 1
             if number > GRAPHS:
                 return None
-            start, target, size = key
-            binding = self.loaded.bind()
-            inputs = [binding.fix(t.name, feeds[t.name].shape, t.numpy_dtype) for t in self.graph.inputs]
-            self.banks.take_in(binding, start, size)
-            shapes = [[_length(axis, size, 1) for axis in t.axes] for t in self.graph.outputs]
-            outputs = [binding.fix_output(t.name, shape, t.numpy_dtype) for t, shape in zip(self.graph.outputs, shapes, strict=True)]
-            self.banks.leave_in(binding, target, size)
-            captured = self._captured[key] = _Captured(binding, inputs, outputs, number)
-        for tensor, fixed in zip(self.graph.inputs, captured.inputs, strict=True):
-            fixed.write(feeds[tensor.name])
-        self.loaded.replay(captured.binding, captured.number)
-        return [fixed.read() for fixed in captured.outputs]
+            captured = self._captured[key] = _Captured(self, feeds, *key, number)
+        return captured
+
+
+class _Run:
+    """One round, bound: inputs where the caller has them, states in their blocks, outputs in arrays of this process."""
+
+    __slots__ = ("_binding", "_given", "_loaded")
+
+    def __init__(self, graph: BoundGraph, feeds: dict[str, Array], start: int, target: int, size: int, steps: int) -> None:
+        self._loaded = graph.loaded
+        self._binding = graph.loaded.bind()
+        for name, array in feeds.items():
+            self._binding.feed(name, array)
+        graph.banks.take_in(self._binding, start, size)
+        self._given: list[Array | None] = []
+        for tensor in graph.graph.outputs:
+            if _known(tensor):
+                array = np.empty([_length(axis, size, steps) for axis in tensor.axes], tensor.numpy_dtype)
+                self._binding.give(tensor.name, array)
+                self._given.append(array)
+            else:
+                self._binding.ask(tensor.name)
+                self._given.append(None)
+        graph.banks.leave_in(self._binding, target, size)
+
+    def __call__(self, feeds: dict[str, Array]) -> list[Array]:
+        self._loaded.run(self._binding)
+        return [array if array is not None else self._binding.given(place) for place, array in enumerate(self._given)]
+
+
+class _Captured:
+    """The same of one step as a CUDA graph: inputs and outputs have places of their own on the device."""
+
+    __slots__ = ("_binding", "_inputs", "_loaded", "_number", "_outputs")
+
+    def __init__(self, graph: BoundGraph, feeds: dict[str, Array], start: int, target: int, size: int, number: int) -> None:
+        self._loaded = graph.loaded
+        self._number = number
+        self._binding = graph.loaded.bind()
+        self._inputs = [(t.name, self._binding.fix(t.name, feeds[t.name].shape, t.numpy_dtype)) for t in graph.graph.inputs]
+        graph.banks.take_in(self._binding, start, size)
+        shapes = [[_length(axis, size, 1) for axis in t.axes] for t in graph.graph.outputs]
+        pairs = zip(graph.graph.outputs, shapes, strict=True)
+        self._outputs = [self._binding.fix_output(t.name, shape, t.numpy_dtype) for t, shape in pairs]
+        graph.banks.leave_in(self._binding, target, size)
+
+    def __call__(self, feeds: dict[str, Array]) -> list[Array]:
+        for name, fixed in self._inputs:
+            fixed.write(feeds[name])
+        self._loaded.replay(self._binding, self._number)
+        return [fixed.read() for fixed in self._outputs]
 
 
 _SIZES = tuple(sorted({1, 2, 3} | {m << e for e in range(2, 15) for m in (1, 2, 3)}))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ class OnnxGraph:
         self.outputs: tuple[str, ...] = (*(t.name for t in graph.outputs), *(s.output for s in graph.states))
         self._names = list(self.outputs)
         self._row = states.fresh(graph, 1)
+        self.busy = 0.0  # seconds that the device, or a thread on a CPU, was at it: gathering and running
+        self._counting = threading.Lock()
         # The binding itself: InferenceSession.run looks at all names anew each time, and `_faults` has seen to these.
         self._run = self.loaded.session._sess.run
 
@@ -62,9 +65,9 @@ class OnnxGraph:
         return self._row if rows == 1 else states.fresh(self.graph, rows)
 
     @property
-    def about(self) -> list[tuple[str, str, float]] | None:
-        """What it counts of states on its device: metric, its last label, value. None where none lie there."""
-        return None
+    def about(self) -> list[tuple[str, str, float]]:
+        """What it counts: metric, its last label beside those that say which graph it is, value."""
+        return [("seqserve_device_busy_seconds_total", "", self.busy)]
 
     def keeps(self, rows: Rows) -> bool:
         """Whether rows lie where this graph has its own."""
@@ -80,8 +83,13 @@ class OnnxGraph:
         began = clock()
         results = self.run(feeds)
         seconds = clock() - began
+        self._ran(seconds)
         count = len(self.graph.outputs)
         return results[:count], tuple(results[count:]), seconds
+
+    def _ran(self, seconds: float) -> None:
+        with self._counting:
+            self.busy += seconds
 
 
 class Loaded:

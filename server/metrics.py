@@ -63,7 +63,7 @@ TABLE = (
     Metric("seqserve_device_slots", Gauge, (*_DEVICE, "state"), "Rows of state that a graph's banks have room for: taken, free"),
     Metric("seqserve_device_rounds_total", Counter, (*_DEVICE, "rows"), "Rounds by how they found their rows: bound, gathered; no_room"),
     Metric("seqserve_device_state_bytes_total", Counter, (*_DEVICE, "way"), "Bytes of state that went to the device and came from it"),
-    Metric("seqserve_device_busy_seconds_total", Counter, _DEVICE, "Seconds that a device gathered and ran rounds"),
+    Metric("seqserve_device_busy_seconds_total", Counter, _DEVICE, "Seconds that onnxruntime ran rounds, on a CPU by its threads' clocks"),
     Metric("seqserve_models", Gauge, ("state",), "Bundles by state: ready, or refused at load"),
 )
 
@@ -230,11 +230,9 @@ def _placed(engine: Engine) -> Iterator[tuple[tuple[str, ...], float]]:
         yield ("seqserve_round_cost_seconds", *model, str(point.rows), str(point.steps)), point.seconds
     for one in engine.engines:
         for which, graph in one.graphs.items():
-            about = graph.about
-            if about is not None:
-                place = (*model, which, str(graph.device))
-                for name, label, value in about:
-                    yield (name, *place, *((label,) if label else ())), value
+            place = (*model, which, str(graph.device))
+            for name, label, value in graph.about:
+                yield (name, *place, *((label,) if label else ())), value
 
 
 def _sessions(shelf: Shelf) -> Iterator[tuple[tuple[str, ...], float]]:

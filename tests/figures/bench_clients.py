@@ -1,5 +1,5 @@
-"""Lean clients for what perf_analyzer does not speak: Turns and Translate of seqserve.v1. Each runs as a process of its own,
-`python -m tests.figures.bench_clients turns|translate`, and prints one line of JSON: calls a second, p50 and p99 in ms.
+"""Lean clients for what perf_analyzer does not speak: Turns, Translate and Classify of seqserve.v1. Each runs as a process of its own,
+`python -m tests.figures.bench_clients turns|translate|classify`, and prints one line of JSON: calls a second, p50 and p99 in ms.
 
 It knows seqserve's messages; it must not know servers' insides, models' weights or what is expected of speed.
 """
@@ -139,16 +139,21 @@ def turns(channel: grpc.Channel, model: str, sessions: int, together: int, strea
     return tally.line()
 
 
-def translate(channel: grpc.Channel, texts: list[str], callers: int, whole: bool, seconds: float) -> str:
-    """Texts translated greedily, `callers` under way at once; `whole`: each text once, else round and round for a while."""
-    requests = [tasks.TranslateRequest(text=t, beam=1).SerializeToString() for t in texts]
-    ask = channel.unary_unary("/seqserve.v1.Tasks/Translate", _as_it_is, tasks.TranslateReply.FromString)
+def ask_all(channel: grpc.Channel, what: str, texts: list[str], callers: int, whole: bool, seconds: float) -> str:
+    """Texts translated greedily or classified, one a call, `callers` under way at once; `whole`: each text once, else round and round
+    for a while."""
+    if what == "translate":
+        requests = [tasks.TranslateRequest(text=t, beam=1).SerializeToString() for t in texts]
+        ask = channel.unary_unary("/seqserve.v1.Tasks/Translate", _as_it_is, tasks.TranslateReply.FromString)
+    else:
+        requests = [tasks.ClassifyRequest(texts=[t]).SerializeToString() for t in texts]
+        ask = channel.unary_unary("/seqserve.v1.Tasks/Classify", _as_it_is, tasks.ClassifyReply.FromString)
     room = threading.Semaphore(callers)
     tally = Tally(seconds)
     if whole:
         tally.begin, tally.end = time.perf_counter(), float("inf")
     tokens = 0
-    calls: list[grpc.Future[tasks.TranslateReply]] = []
+    calls: list[grpc.Future[Any]] = []
     at = 0
     while (at < len(requests)) if whole else (time.perf_counter() < tally.end):
         room.acquire()
@@ -163,14 +168,15 @@ def translate(channel: grpc.Channel, texts: list[str], callers: int, whole: bool
         calls.append(call)
         at += 1
     for answered in calls:
-        tokens += len(answered.result().tokens)
+        reply = answered.result()
+        tokens += len(reply.tokens) if what == "translate" else sum(r.tokens for r in reply.results)
     tally.end = min(tally.end, time.perf_counter())
     return tally.line(tokens=tokens, texts=len(calls))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.figures.bench_clients", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("what", choices=["turns", "translate"])
+    parser.add_argument("what", choices=["turns", "translate", "classify"])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model", default="model_b")
     parser.add_argument("--sessions", type=int, default=256)
@@ -186,7 +192,7 @@ def main() -> int:
             print(turns(channel, options.model, options.sessions, options.together, options.streams, options.seconds))
         else:
             texts = options.texts.read_text(encoding="utf-8").splitlines()
-            print(translate(channel, texts, options.callers, options.whole, options.seconds))
+            print(ask_all(channel, options.what, texts, options.callers, options.whole, options.seconds))
     return 0
 
 

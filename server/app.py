@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from server.metrics import Metrics
 from server.rounds import Limits
 from server.rpc import health, inference, inference_stream, repository, sessions, tasks
 from server.rpc.answer import Desk
-from server.rpc.front import Options, Tls, choose_front
+from server.rpc.front import Method, Options, Tls, choose_front
 from server.rpc.gate import Gate
 from server.rpc.parameters import SERVICE
 from server.rpc.settings import Settings
@@ -86,9 +86,10 @@ class App:
             **self.health.methods(desk),
             **(health.reflect(services, desk) if config.reflection else {}),
         }
-        options = Options(max_receive_bytes=config.max_message_bytes, streams=config.connection_streams)
+        options = Options(max_receive_bytes=config.max_message_bytes, streams=config.connection_streams, keepalive_s=config.keepalive)
         if self.tracing is not None:
             methods = self.tracing.methods(methods)
+        self.methods: Mapping[str, Method] = methods
         self.front = choose_front(config.front)(methods, options, self.workers)
         self.metrics.watch_server(self.shelf, config.workers, lambda: self.front.live)
         self.port = 0

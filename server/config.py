@@ -66,9 +66,7 @@ class Config:
     max_message_bytes: int = _knob(16 << 20, "size of one message; larger ones are refused")
     allow_shared_memory: bool = _knob(False, "let callers on this machine register POSIX shared memory and name it in place of bytes")
     server_name: str = _knob("seqserve", "what ServerMetadata says; clients written for another server may look for its name")
-    front: str = _knob(
-        "auto", "how calls are carried: direct (our own HTTP/2, by the thread that runs rounds), queue and public (grpc's), auto: direct"
-    )
+    front: str = _knob("auto", "how calls are carried: direct (our own HTTP/2, least CPU) or public (grpcio's server); auto is direct")
     drain_seconds: float = _knob(30.0, "how long a stopping server waits for running requests")
     tls_cert: Path | None = _knob(None, "PEM certificate chain; with --tls-key, calls are encrypted")
     tls_key: Path | None = _knob(None, "PEM private key of --tls-cert")
@@ -76,6 +74,7 @@ class Config:
     keys: Path | None = _knob(None, "TOML file of hashed keys, their tenants, roles, quotas (docs/security.md); without it anyone may call")
     keys_interval: float = _knob(10.0, "seconds between looks at whether --keys has changed; 0 for SIGHUP only")
     reflection: bool = _knob(True, "let callers ask which services and messages there are; health needs no key either way")
+    keepalive: float = _knob(30.0, "seconds of silence after which a connection is asked whether anyone is there, and 20 s later given up")
     connection_streams: int = _knob(10_000, "calls of one connection at once, further ones wait at the caller; 0 is no limit")
     log_level: str = _knob("info", "debug, info, warning or error")
     log_format: str = _knob("text", "text for people, or json: an object a line")
@@ -100,14 +99,16 @@ class Config:
             faults.append("--measure-seconds must be above 0")
         if self.keys_interval < 0:
             faults.append("--keys-interval must not be negative")
+        if self.keepalive <= 0:
+            faults.append("--keepalive must be above 0")
         if self.drain_seconds < 0:
             faults.append("--drain-seconds must not be negative")
         if self.session_ttl <= 0:
             faults.append("--session-ttl must be above 0")
         if self.move_sessions not in ("never", "compatible"):
             faults.append("--move-sessions must be never or compatible")
-        if self.front not in ("auto", "direct", "queue", "public"):
-            faults.append("--front must be auto, direct, queue or public")
+        if self.front not in ("auto", "direct", "public"):
+            faults.append("--front must be auto, direct or public")
         if self.log_level not in ("debug", "info", "warning", "error"):
             faults.append("--log-level must be debug, info, warning or error")
         if self.log_format not in ("text", "json"):

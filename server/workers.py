@@ -25,7 +25,7 @@ from server.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
-BRIEF = 0.01  # seconds: the longest round that the thread which brings work runs itself: so long it hears of nothing new
+BRIEF = 0.0025  # seconds: the longest round that the thread which brings work runs itself; for a longer one a worker is worth waking
 WORTH = 0.001  # seconds of running, over all workers, that a sequence must need in all to be worth handing over
 
 

@@ -72,7 +72,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=["direct", "public"])
 def served(request: pytest.FixtureRequest, library: Path) -> Iterator[Served]:
     with serve(library, "--front", request.param) as server:
         yield server

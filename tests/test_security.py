@@ -80,7 +80,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=["direct", "public"])
 def running(request: pytest.FixtureRequest, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     file.write_text(FILE)
@@ -628,7 +628,7 @@ def client_of(server: Served, **files: Path) -> Iterator[seqserve.Client]:
         yield client
 
 
-@pytest.mark.parametrize("front", ["queue", "public"])
+@pytest.mark.parametrize("front", ["direct", "public"])
 def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Path) -> None:
     """A client that trusts the authority gets its answers over TLS, by the command too; one in the clear, or that trusts another
     authority, gets none."""
@@ -655,7 +655,7 @@ def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Pa
         assert (denied.returncode, "wants a key" in denied.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("front", ["queue", "public"])
+@pytest.mark.parametrize("front", ["direct", "public"])
 def test_mutual_tls(front: str, certificates: Certificates, library: Path) -> None:
     """With an authority for clients, only who has its certificate is answered, by client and command."""
     pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))

@@ -41,7 +41,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=["direct", "public"])
 def served(request: pytest.FixtureRequest, library: Path) -> Iterator[Served]:
     with serve(library, "--front", request.param, "--max-message-bytes", "100000") as server:
         yield server
@@ -283,7 +283,7 @@ def test_refused_bundles_are_told(served: Served) -> None:
     assert "unknown key 'wrong'" in log
 
 
-@pytest.mark.parametrize("front", ["queue", "public"])
+@pytest.mark.parametrize("front", ["direct", "public"])
 def test_a_full_queue(library: Path, front: str) -> None:
     """Past the queue callers get RESOURCE_EXHAUSTED with a delay; those taken are answered, and later ones too."""
     with serve(library, "--front", front, "--max-queue", "2", "--chunk", "1") as server:
@@ -299,7 +299,7 @@ def test_a_full_queue(library: Path, front: str) -> None:
         assert infer(tokens_request([[1]])).outputs
 
 
-@pytest.mark.parametrize("front", ["queue", "public"])
+@pytest.mark.parametrize("front", ["direct", "public"])
 def test_a_long_queue(library: Path, front: str) -> None:
     """Past a full round, who would wait longer than anyone may is refused with how long it takes; the others are answered."""
     with serve(library, "--front", front, "--max-wait", "0.001", "--max-rows", "1", "--chunk", "1") as server:
@@ -314,7 +314,7 @@ def test_a_long_queue(library: Path, front: str) -> None:
             assert delay > 0.001
 
 
-@pytest.mark.parametrize("front", ["queue", "public"])
+@pytest.mark.parametrize("front", ["direct", "public"])
 def test_sigterm_drains(library: Path, front: str) -> None:
     """On SIGTERM what runs is answered, what comes too late is told to go elsewhere, watchers are told, exit status 0."""
     with serve(library, "--front", front) as server:

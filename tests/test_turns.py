@@ -32,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=["direct", "public"])
 def served(request: pytest.FixtureRequest, library: Path) -> Iterator[Served]:
     with serve(library, "--front", request.param, "--chunk", "5", "--max-sessions", "200") as server:
         yield server

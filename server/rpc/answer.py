@@ -58,6 +58,11 @@ class Answer:
     def deadline(self) -> float | None:
         return self.call.deadline
 
+    def asked(self, request: Message) -> None:
+        """What was asked, for the log of calls."""
+        if self._desk.access_log:
+            self.about = request
+
     def send(self, message: Message) -> None:
         """Unary: the answer. Streams: one message more."""
         self.call.reply(message.SerializeToString())
@@ -112,6 +117,8 @@ class Asked(Protocol):
     @property
     def caller(self) -> Caller | None: ...
 
+    def asked(self, request: Message) -> None: ...
+
     def done(self, message: Message) -> None: ...
 
     def done_bytes(self, message: bytes) -> None: ...
@@ -153,6 +160,23 @@ class Desk:
 
     def unary(self, request: type[M], handle: Callable[[M, Answer], None], operator: bool = False) -> Method:
         return unary(self._start(request, handle, operator, False))
+
+    def raw(self, handle: Callable[[bytes, Answer], None]) -> Method:
+        """A unary method whose handler parses for itself."""
+        gate = self._gate
+
+        def start(call: Call, data: bytes) -> None:
+            try:
+                answer = Answer(self, call, call.method) if gate is None else gate.admit(self, call, False, False)
+            except ServeError as e:
+                Answer(self, call, call.method).fail(e)
+                return
+            try:
+                handle(data, answer)
+            except Exception as e:  # one caller's fault must not reach another's call
+                answer.fail(e)
+
+        return unary(start)
 
     def server_stream(self, request: type[M], handle: Callable[[M, Answer], None], operator: bool = False) -> Method:
         return server_stream(self._start(request, handle, operator, True))

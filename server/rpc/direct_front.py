@@ -45,7 +45,7 @@ class DirectFront:
 
     def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS, besides: Besides | None = None) -> None:
         self.options = options
-        self.table: dict[str, Entry] = {name: (KINDS[m.kind], name, m.start, m.kind) for name, m in methods.items()}
+        self.table: dict[str, Entry] = {name: (KINDS[m.kind], name, m.start) for name, m in methods.items()}
         self.draining = False
         self._besides = besides
         self._selector = selectors.DefaultSelector()
@@ -75,7 +75,8 @@ class DirectFront:
         bound = int(port)
         opened: list[sockets.socket] = []
         try:
-            for family, kind, proto, _, where in sockets.getaddrinfo(host.strip("[]"), bound, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE):
+            found = sockets.getaddrinfo(host.strip("[]"), bound, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE)
+            for family, kind, proto, _, where in found:
                 listener = sockets.socket(family, kind, proto)
                 opened.append(listener)
                 listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)

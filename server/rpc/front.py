@@ -1,7 +1,7 @@
 """The door of the server: what a remote call looks like to a handler, and what a front must do to carry it.
 
-Two fronts stand behind these protocols: `queue_front` drives gRPC's completion queue itself (the default), `public_front` uses
-grpcio's public API. This file knows neither bundles nor protobuf: handlers get bytes, give bytes and parse for themselves.
+Two fronts stand behind these protocols: `direct_front` speaks HTTP/2 itself (the default), `public_front` uses grpcio's
+server. This file knows neither bundles nor protobuf: handlers get bytes, give bytes and parse for themselves.
 
 The contract of a handler: it never blocks, it may answer from any thread at any later time, and it ends every call with `reply`
 (unary), `finish` (streams) or `fail`. What comes after the end, or after the caller has gone, is dropped without a word.
@@ -10,7 +10,7 @@ The contract of a handler: it never blocks, it may answer from any thread at any
 import logging
 import re
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -114,9 +114,6 @@ class Options:
     streams: int = 0
     """Calls of one connection at once, whatever their kind; further ones wait at the caller. 0 is no limit."""
 
-    slots: int = 64
-    """Calls gRPC may hand over before the polling thread has turned to the first of them (completion queue only)."""
-
     keepalive_s: float = 30.0
     """A connection of which nothing was heard for so long is asked whether anyone is there (direct front only)."""
 
@@ -195,18 +192,12 @@ class Front(Protocol):
 
 
 def choose_front(which: str = "auto") -> type[Front]:
-    """The front called "direct", "queue" or "public"; with "auto" the first of them."""
-    from server.rpc import direct_front, public_front, queue_front
+    """The front called "direct" or "public"; with "auto" the first."""
+    from server.rpc import direct_front, public_front
 
-    if which not in ("auto", "direct", "queue", "public"):
-        raise ValueError(f"no front is called {which!r}; there are auto, direct, queue and public")
-    if which == "public":
-        return public_front.PublicFront
-    if which == "queue":
-        if (fault := queue_front.unusable()) is not None:
-            raise RuntimeError(f"the completion-queue front cannot be used: {fault}")
-        return queue_front.QueueFront
-    return direct_front.DirectFront
+    if which not in ("auto", "direct", "public"):
+        raise ValueError(f"no front is called {which!r}; there are auto, direct and public")
+    return public_front.PublicFront if which == "public" else direct_front.DirectFront
 
 
 # ---- What both fronts must say and do alike ----
@@ -259,9 +250,10 @@ def cannot_listen(address: str) -> str:
     return f"cannot listen on {address}: the port is taken, or the address is not one of this machine, or needs more rights"
 
 
-def no_such_method(name: str, methods: Mapping[str, Method]) -> str:
+def no_such_method(name: str, methods: Iterable[str]) -> str:
     """What to tell the caller of a method that nobody serves."""
     service = name.rpartition("/")[0]
+    methods = list(methods)
     siblings = sorted(known.rpartition("/")[2] for known in methods if known.rpartition("/")[0] == service)
     if siblings:
         return f"no method {name}; {service[1:]} has {', '.join(siblings)}"

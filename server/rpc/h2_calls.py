@@ -40,8 +40,8 @@ class Call:
     Its lock is the connection's."""
 
     __slots__ = (
-        "__weakref__", "_asked", "_callbacks", "_connection", "_gone", "_over", "_partial", "_queue", "_queued", "_sent", "_start", "_status",
-        "begun", "blocked", "deadline", "ended", "method", "received", "stream", "window",
+        "__weakref__", "_asked", "_callbacks", "_connection", "_gone", "_over", "_partial", "_queue", "_queued", "_sent", "_start",
+        "_status", "begun", "blocked", "deadline", "ended", "method", "received", "stream", "window",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, stream: int, method: str, start: Callable[..., Receiver | None], asked: Asked) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 import grpc
 
 from server.rpc import h2_frames as h2
-from server.rpc.front import Kind, Options, Receiver, no_such_method
+from server.rpc.front import Options, Receiver, no_such_method
 from server.rpc.h2_calls import BACKLOG, STREAM_WINDOW, Call, OpenCall, StreamCall, UnaryCall
 from server.rpc.h2_frames import Fault
 from server.rpc.h2_headers import MOST_BYTES, MOST_READ, Asked, Reader, Unreadable, Writer, no_grpc
@@ -31,9 +31,13 @@ RESETS = 2_000, 500.0  # calls that a caller may cancel at once, and a second: m
 _PARTIAL = 4  # times the longest message: what one connection's messages may hold before they are whole
 _DRAIN = b"drain..."
 _ALIVE = b"alive?.."
-_HTTP1 = b"HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\ncontent-length: 42\r\n\r\nThis port speaks gRPC, which needs HTTP/2.\n"
+_HTTP1 = (
+    b"HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\ncontent-length: 43\r\n\r\n"
+    b"This port speaks gRPC, which needs HTTP/2.\n"
+)
 
-Entry = tuple[type[UnaryCall] | type[StreamCall] | type[OpenCall], str, Callable[..., Receiver | None], Kind]
+Entry = tuple[type[UnaryCall] | type[StreamCall] | type[OpenCall], str, Callable[..., Receiver | None]]
+"""How calls of a method begin: their class, the method's name, its handler."""
 
 
 class Home(Protocol):
@@ -79,6 +83,7 @@ class Connection:
         self._reader = Reader()
         self._rest = b""  # of a frame that is not whole
         self._last = 0  # the newest call's stream
+        self._partial = 0  # bytes of messages that are not whole, or some more
         self._received = 0  # bytes since the caller was last told that it may send more
         self._block: tuple[int, int, bytearray] | None = None  # stream, flags and what has come of a header block in several frames
         self._resets = float(RESETS[0])
@@ -291,6 +296,8 @@ class Connection:
                     self._headers(stream, flags, block)
                 else:
                     self._block = (stream, flags, bytearray(block))
+            elif kind == h2.WINDOW_UPDATE and stream > self._last:
+                raise Fault(h2.PROTOCOL_ERROR, f"stream {stream} was not begun")
             else:
                 self._control(kind, flags, stream, data[begin:at])
             if self.over:
@@ -301,9 +308,13 @@ class Connection:
         """A piece of a message, or of several."""
         if not payload:
             return
+        before = call.partial
         call.data(payload)
-        partial = call.partial
-        if partial > STREAM_WINDOW and sum(c.partial for c in self.calls.values()) > _PARTIAL * self.options.max_receive_bytes:
+        self._partial += call.partial - before
+        most = _PARTIAL * self.options.max_receive_bytes
+        if self._partial > most:  # so far at most: calls that ended within a message are still in it
+            self._partial = sum(c.partial for c in self.calls.values())
+        if self._partial > most:
             call.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many large messages at once on one connection; send them one after another")
 
     def _ended(self, call: Call) -> None:
@@ -343,10 +354,10 @@ class Connection:
             self.touch()
             return
         entry = self._home.table.get(asked.path)
-        if entry is None or asked.refusal is not None or self.drained:
+        if entry is None or asked.refusal is not None or self._home.draining:
             self._refuse(stream, flags, asked)
             return
-        kind, method, start, _ = entry
+        kind, method, start = entry
         call = kind(self, stream, method, start, asked)
         self.calls[stream] = call
         if call.deadline is not None:
@@ -361,10 +372,8 @@ class Connection:
         """A call that no handler sees."""
         refusal = asked.refusal
         if refusal is not None and refusal.http != 200:
-            text = (refusal.message + "\n").encode()
             with self.lock:
-                self.write(h2.headers(stream, self.writer.prefix() + no_grpc(refusal.http, text), False))
-                self.write(h2.frame(h2.DATA, h2.END_STREAM, stream, text))
+                self.write(h2.headers(stream, self.writer.prefix() + no_grpc(refusal.http, refusal.message), True))
                 if not flags & h2.END_STREAM:
                     self.write(h2.reset(stream, h2.NO_ERROR))
             self.touch()
@@ -374,11 +383,10 @@ class Connection:
         self.calls[stream] = call
         if refusal is not None:
             call.fail(refusal.status, refusal.message)
-        elif self.drained:
+        elif self._home.draining:
             call.fail(grpc.StatusCode.UNAVAILABLE, "the server is shutting down; send the request again")
         else:
-            names = {name: self._home.table[name] for name in self._home.table}
-            call.fail(grpc.StatusCode.UNIMPLEMENTED, no_such_method(asked.path, names))
+            call.fail(grpc.StatusCode.UNIMPLEMENTED, no_such_method(asked.path, self._home.table))
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         """All other frames. Raises Fault, Unreadable."""

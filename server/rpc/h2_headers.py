@@ -10,7 +10,6 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
-from typing import TypeVar
 
 import grpc
 from hpack import Decoder
@@ -104,8 +103,9 @@ def _asked(headers: list[tuple[bytes, bytes]]) -> Asked:
             given[name] = value
         elif name.endswith(b"-bin"):
             for part in value.split(b","):  # as one or as several lines: they mean the same
+                part = part.strip()
                 try:
-                    metadata.append((name.decode("latin-1"), base64.b64decode(part.strip() + b"=" * (-len(part.strip()) % 4), validate=True)))
+                    metadata.append((name.decode("latin-1"), base64.b64decode(part + b"=" * (-len(part) % 4), validate=True)))
                 except (ValueError, binascii.Error):
                     return Asked(refusal=Refusal(grpc.StatusCode.INVALID_ARGUMENT, f"header {name!r} is not base64"))
         else:
@@ -173,7 +173,7 @@ def failed(status: int, message: str, trailing: Metadata, begun: bool) -> bytes:
 
 def no_grpc(status: int, message: str) -> bytes:
     """The block for a caller that speaks HTTP/2 but not gRPC."""
-    return plain(b":status", b"%d" % status) + plain(b"content-type", b"text/plain") + plain(b"content-length", b"%d" % len(message.encode()))
+    return plain(b":status", b"%d" % status) + plain(b"grpc-message", message.encode())
 
 
 _UNSAFE = re.compile(rb"[^ -$&-~]")  # gRPC's percent-encoding of a status message

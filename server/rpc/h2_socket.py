@@ -3,6 +3,7 @@ need the connection's lock, which the caller of `send` holds; `receive` takes it
 
 from __future__ import annotations
 
+import contextlib
 import socket as sockets
 import ssl
 import threading
@@ -106,10 +107,8 @@ class TlsSocket(Socket):
     def finish(self) -> None:
         with self._lock:
             if self._shaken:
-                try:
+                with contextlib.suppress(ssl.SSLError):  # the other end has not said so yet, or is gone
                     self._tls.unwrap()
-                except ssl.SSLError:
-                    pass  # the other end has not said so yet, or is gone
                 self._carry()
         super().finish()
 

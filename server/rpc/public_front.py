@@ -1,4 +1,4 @@
-"""The front on grpcio's public API alone, for a grpcio that `queue_front` was not tested with.
+"""The front on grpcio's own server, by its public API: for whoever trusts that more than ours, and to compare with.
 
 grpc.aio runs in an event loop on a thread of its own, so a call that waits for the engine costs no thread (a thread pool would need
 one for each). The price is the loop itself: four to six times the CPU per call, and a wake-up of the loop between a round's end and

@@ -236,11 +236,12 @@ def response(head: bytes, parameters: bytes, id: str, wanted: Sequence[Tensor], 
     if id:
         encoded = id.encode()
         head += b"\x1a" + varint(len(encoded)) + encoded
-    return b"".join((head, parameters, _abouts(tuple(wanted), tuple(shapes)), *values))
+    return b"".join((head, parameters, abouts(tuple(wanted), tuple(shapes)), *values))
 
 
 @lru_cache(maxsize=4096)
-def _abouts(wanted: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> bytes:
+def abouts(wanted: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> bytes:
+    """What a response says of its outputs beside their bytes."""
     described = pb.ModelInferResponse()
     for tensor, shape in zip(wanted, shapes, strict=True):
         described.outputs.add(name=tensor.name, datatype=_NAMES[tensor.dtype], shape=shape)

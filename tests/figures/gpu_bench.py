@@ -91,7 +91,7 @@ def running(models: Path, device: str, state: str, sizes: str) -> Iterator[App]:
     app = App(
         Config(
             models=models, device=device, state=state, max_rows=size, chunk=size, measure_seconds=2.0, max_queue=40_000, max_wait=60.0,
-            durability="none", front="queue", port=0, metrics_port=-1, workers=2,
+            durability="none", port=0, metrics_port=-1, workers=2,
         )
     )  # fmt: skip
     app.catalog.scan(models)
@@ -189,7 +189,7 @@ def with_sessions(app: App, sessions: int, seconds: float) -> Cell:
     """Messages of 32 turns given to the Turns handler, as a front gives them, by this thread; replies leave from the workers'."""
     model = app.catalog.find(NAME)
     call = _Answering()
-    stream = app.front._methods["/seqserve.v1.Sessions/Turns"].start(call)  # type: ignore[attr-defined]
+    stream = app.methods["/seqserve.v1.Sessions/Turns"].start(call)
     lives = [Live(n, f"gpu-{sessions}-{n}") for n in range(sessions)]
     for live in lives:
         app.shelf.open(NAME, "", live.id)
@@ -381,7 +381,8 @@ def grpc_part(asked: argparse.Namespace, models: Path) -> None:
                 near = parse(asked.device)[0].near
                 row = 0 if near or state == "device" else 2 * sum(s.bytes_per_row for s in contract.load(models / NAME / "1").graph.states)
                 lines.append([
-                    f"states on the {state}, {count:,}", f"{rate:,.0f}", f"{p50:,.2f}", f"{p99:,.2f}", f"{moved / max(1, turns) + row:,.0f}",
+                    f"states on the {state}, {count:,}", f"{rate:,.0f}", f"{p50:,.2f}", f"{p99:,.2f}",
+                    f"{moved / max(1, turns) + row:,.0f}",
                     f"{busy / wall:.0%}", f"{rows:,.0f}",
                 ])  # fmt: skip
     title = f"The same over gRPC, 32 turns a message, {CLIENTS} client processes on the same machine; busy is of all the clients' time"

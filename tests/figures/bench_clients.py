@@ -143,7 +143,8 @@ def turns(channel: grpc.Channel, model: str, sessions: int, together: int, strea
 
 async def ask_all(port: int, what: str, texts: list[str], callers: int, whole: bool, seconds: float) -> str:
     """Texts translated greedily, or classified, one a call, `callers` under way at once; `whole`: each text once, else round and round
-    for a while. Replies are taken as bytes and read when all is over: threads and parsing took this client as much of the two cores as the server had."""
+    for a while. Replies are taken as bytes and read when all is over: threads and parsing took this client as much of the two cores as
+    the server had."""
     requests = [
         (tasks.TranslateRequest(text=t, beam=1) if what == "translate" else tasks.ClassifyRequest(texts=[t])).SerializeToString()
         for t in texts

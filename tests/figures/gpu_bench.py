@@ -321,6 +321,7 @@ def torch_sessions(device: Device, hidden: int, rows: int, seconds: float) -> tu
         import torch
     except ImportError:
         return None
+    torch.set_num_threads(1)  # on a CPU, as rounds have one
     where = str(device) if device.kind == "cuda" and torch.cuda.is_available() else "cpu"
     with torch.inference_mode():
         lstm, out = torch.nn.LSTM(16, hidden, 2).to(where), torch.nn.Linear(hidden, 16).to(where)
@@ -501,6 +502,7 @@ def bare_reviews(texts: list[str], device: Device) -> dict[str, float]:
     except ImportError:
         return found
     where = str(device) if device.kind == "cuda" and torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
     hidden = int(graph.states[0].axes[-1])
     with torch.inference_mode():
         table_, lstm = torch.nn.Embedding(20_000, 128).to(where), torch.nn.LSTM(128, hidden, batch_first=True).to(where)

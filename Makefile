@@ -9,7 +9,7 @@ ENGINE ?= docker
 TARGET ?= server
 RUN ?=
 
-.PHONY: turn-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
+.PHONY: turn-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions gpu-bench conformance load soak overload image compose-test protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -55,6 +55,9 @@ turn-cost: setup-dev    ## the server's own Python a turn and a call, one thread
 
 bench-sessions: setup-dev ## what a turn costs, every store side by side; RUN="--open 0 --repeats 1" is shorter
 	$(BIN)/python -m tests.figures.sessions_bench $(RUN)
+
+gpu-bench: setup-dev    ## turns and tasks on a GPU, or RUN="--device cpu --part sessions"; beside onnxruntime and PyTorch alone
+	$(BIN)/python -m tests.figures.gpu_bench --data $(DATA) $(RUN)
 
 bench: setup-dev        ## server, bare onnxruntime and a peer under perf_analyzer, into docs/bench.md; RUN="--short --only a32-32"
 	$(BIN)/python -m tests.figures.bench --data $(DATA) $(RUN)

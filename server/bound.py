@@ -113,7 +113,8 @@ class Banks(Home):
             binding.feed(f"at{group}", np.arange(before * count))
         self._into(binding, block.start, count)
         self._mover.run(binding)
-        self.brought += count * self.row_bytes
+        with self._lock:
+            self.brought += count * self.row_bytes
         return block
 
     def find(self, rows: Sequence[Rows]) -> Places:
@@ -165,10 +166,12 @@ class Banks(Home):
             binding.give(f"out{i}", array)
             found.append(array.reshape(shape_of(state, count)))
         self._mover.run(binding)
-        self.fetched += count * self.row_bytes
+        with self._lock:
+            self.fetched += count * self.row_bytes
         return tuple(found)
 
     def settle(self, rows: Sequence[Rows]) -> list[Rows]:
+        assert all(r.count == 1 for r in rows), "a session is one row"
         with self._lock:
             self._bury()
             crowded = self.slots.taken > CROWDED * self.slots.count
@@ -397,16 +400,18 @@ class BoundGraph(OnnxGraph):
 
 
 class _Run:
-    """One round, bound: inputs where the caller has them, states in their blocks, outputs in arrays of this process."""
+    """One round, bound: inputs where the caller has them, states in their blocks, outputs in arrays of this process. All of it is
+    made ready before the device is free, but for the states to start from: what a node takes on the CPU onnxruntime copies when it is
+    bound, and these may yet have to be gathered."""
 
-    __slots__ = ("_binding", "_given", "_loaded")
+    __slots__ = ("_banks", "_binding", "_given", "_loaded", "_size", "_start")
 
     def __init__(self, graph: BoundGraph, feeds: dict[str, Array], start: int, target: int, size: int, steps: int) -> None:
         self._loaded = graph.loaded
         self._binding = graph.loaded.bind()
         for name, array in feeds.items():
             self._binding.feed(name, array)
-        graph.banks.take_in(self._binding, start, size)
+        self._banks, self._start, self._size = graph.banks, start, size
         self._given: list[Array | None] = []
         for tensor in graph.graph.outputs:
             if _known(tensor):
@@ -419,6 +424,7 @@ class _Run:
         graph.banks.leave_in(self._binding, target, size)
 
     def __call__(self, feeds: dict[str, Array]) -> list[Array]:
+        self._banks.take_in(self._binding, self._start, self._size)
         self._loaded.run(self._binding)
         return [array if array is not None else self._binding.given(place) for place, array in enumerate(self._given)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
+import seqserve
 from contract import bundle as contract
 from contract import tolerance
 from contract.bundle import Bundle, Graph, State, Tensor
@@ -318,7 +320,7 @@ def app(library: Path) -> Iterator[Callable[..., App]]:
     started: list[App] = []
 
     def start(**how: Any) -> App:
-        made = App(Config(models=library, port=0, metrics_port=-1, workers=2, **how))
+        made = App(Config(**{"models": library, "port": 0, "metrics_port": -1, "workers": 2, **how}))
         made.start()
         started.append(made)
         return made
@@ -457,6 +459,31 @@ def test_what_a_store_keeps_comes_from_the_device_once_a_round(library: Path, tm
     assert {first_part + caller.turn(name, 2, tokens[9:]) for name in names for first_part in first} == {whole}
     caller.close()
     again.stop()
+
+
+def test_every_task_answers_the_same(app: Callable[..., App]) -> None:
+    """The shipped models with states in banks, made up to sizes and captured as far as a CPU can be: labels, texts, spans and forecasts are
+    those with states on the host, to the last digit; translations pick among hypotheses on the device."""
+    host = app(models=ROOT / "models", state="host")
+    banks = app(models=ROOT / "models", state="device", row_buckets=True, cuda_graphs=True)
+    texts = ["Two dogs run over the snow .", "A man sleeps .", "A girl in a red dress plays the violin on a street ."]
+
+    def ask(server: App) -> Any:
+        with seqserve.Client(f"127.0.0.1:{server.port}") as client, ThreadPoolExecutor(4) as pool:
+            translated = list(pool.map(lambda text: client.translate(text, beam=4), texts))
+            return (
+                [(t.text, t.score) for t in translated],
+                [(c.label, c.score) for c in client.classify(texts)],
+                client.generate("First ", seed=3, max_symbols=30).text,
+                [(s.text, s.label) for s in client.tag("Anna lives in Paris.").spans],
+                np.asarray(client.forecast(np.ones((96, 7), np.float32), horizon=30).mean).tobytes(),
+            )
+
+    assert ask(banks) == ask(host)
+    step = banks.catalog.find("translator").engine.graphs["step"]
+    assert isinstance(step, BoundGraph)
+    assert step.banks.gathered > 0
+    assert step.banks.fetched == 0
 
 
 def test_a_device_that_is_not_there(library: Path, caplog: pytest.LogCaptureFixture) -> None:

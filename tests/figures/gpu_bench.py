@@ -31,7 +31,7 @@ from contract import bundle as contract
 from contract import tolerance
 from contract.bundle import Graph
 from contract.text import Vocabulary
-from server.app import App
+from server.app import SWITCH_S, App
 from server.catalog import Model
 from server.config import AUTO, MEASURED, Config
 from server.devices import Device, parse
@@ -60,13 +60,21 @@ class Cell:
     moved: float = 0.0  # bytes of state that crossed to or from the device, a turn
     busy: float = 0.0  # share of the time
     rows: float = 0.0  # of a round
+    cpu: float = 0.0  # seconds of this process, its callers in it
 
     def line(self) -> list[str]:
         at = [f"{float(np.quantile(self.latencies, q)) * 1e3:,.2f}" if self.latencies else "–" for q in (0.5, 0.99)]
-        return [f"{self.turns / self.seconds:,.0f}", *at, f"{self.moved:,.0f}", f"{self.busy:.0%}", f"{self.rows:,.0f}"]
+        return [
+            f"{self.turns / self.seconds:,.0f}",
+            *at,
+            f"{self.moved:,.0f}",
+            f"{self.busy:.0%}",
+            f"{self.rows:,.0f}",
+            f"{self.cpu / max(1, self.turns) * 1e6:.1f}",
+        ]
 
 
-HEADS = ["turns/s", "p50 ms", "p99 ms", "state B/turn", "busy", "rows/round"]
+HEADS = ["turns/s", "p50 ms", "p99 ms", "state B/turn", "busy", "rows/round", "CPU µs/turn"]
 
 
 def table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
@@ -96,6 +104,7 @@ def running(models: Path, device: str, state: str, sizes: str) -> Iterator[App]:
     )  # fmt: skip
     app.catalog.scan(models)
     app.workers.start()
+    sys.setswitchinterval(SWITCH_S)
     try:
         yield app
     finally:
@@ -108,7 +117,7 @@ class Counted:
     def __init__(self, model: Model, app: App) -> None:
         self._graphs = [graph for engine in model.engine.engines for graph in engine.graphs.values()]
         self._app, self._model = app, model
-        self._began = time.perf_counter()
+        self._began, self._cpu = time.perf_counter(), time.process_time()
         self._before = self._now()
 
     def _now(self) -> tuple[float, float, float, float]:
@@ -121,6 +130,7 @@ class Counted:
         moved, busy, rounds, rows = (now - before for now, before in zip(self._now(), self._before, strict=True))
         cell.seconds += time.perf_counter() - self._began
         cell.turns += turns
+        cell.cpu += time.process_time() - self._cpu
         host = not self._graphs[0].device.near and not any(hasattr(g, "banks") for g in self._graphs)
         row = sum(s.bytes_per_row for s in self._model.bundle.graph.states)
         cell.moved = 2 * row if host else moved / max(1, turns)
@@ -375,6 +385,7 @@ def grpc_part(asked: argparse.Namespace, models: Path) -> None:
                 turns = after("seqserve_turns_total", outcome="applied") - before("seqserve_turns_total", outcome="applied")
                 moved = after("seqserve_device_state_bytes_total") - before("seqserve_device_state_bytes_total")
                 busy = after("seqserve_device_busy_seconds_total") - before("seqserve_device_busy_seconds_total")
+                cpu = after("process_cpu_seconds_total") - before("process_cpu_seconds_total")
                 rows = (after("seqserve_round_rows_sum") - before("seqserve_round_rows_sum")) / max(
                     1, after("seqserve_round_rows_count") - before("seqserve_round_rows_count")
                 )
@@ -384,7 +395,7 @@ def grpc_part(asked: argparse.Namespace, models: Path) -> None:
                 lines.append([
                     f"states on the {state}, {count:,}", f"{rate:,.0f}", f"{p50:,.2f}", f"{p99:,.2f}",
                     f"{moved / max(1, turns) + row:,.0f}",
-                    f"{busy / wall:.0%}", f"{rows:,.0f}",
+                    f"{busy / wall:.0%}", f"{rows:,.0f}", f"{cpu / max(1, turns) * 1e6:.1f}",
                 ])  # fmt: skip
     title = f"The same over gRPC, 32 turns a message, {CLIENTS} client processes on the same machine; busy is of all the clients' time"
     table(title, ["sessions", *HEADS], lines)

@@ -57,7 +57,8 @@ class Banks(Home):
     """The states of one graph's rows on one device."""
 
     def __init__(self, graph: Graph, device: Device, placement: Placement, rows: int) -> None:
-        """Room for `placement.sessions` rows and some rounds of `rows`, in each of two banks, if `placement.room` allows."""
+        """Room in each of two banks for `placement.sessions` rows, half as many again that others of their round still keep, and some
+        rounds of `rows`, if `placement.room` allows."""
         self.axes = graph.state_axes
         self.device = device
         self._states = graph.states
@@ -68,7 +69,7 @@ class Banks(Home):
         befores = sorted(set(self._before))
         self._group = [befores.index(b) for b in self._before]
         self._befores = befores
-        each = max(8, min(placement.room // (2 * max(1, self.row_bytes)), placement.sessions + ROUNDS * rows))
+        each = max(8, min(placement.room // (2 * max(1, self.row_bytes)), placement.sessions * 3 // 2 + ROUNDS * rows))
         self.slots = Slots(each)
         try:
             self._memory = [

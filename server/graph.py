@@ -231,7 +231,7 @@ def _port(value: Any) -> Port:
 
 def missing(device: Device) -> str | None:
     """Why nothing can run on a device, or None where it can: tried with a model of one node."""
-    if device.near:
+    if device.kind == "cpu":
         return None
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return "this onnxruntime has no CUDA in it: install seqserve[gpu] in place of seqserve[cpu]"
@@ -259,13 +259,13 @@ def _session(source: Path | bytes, device: Device, placement: Placement) -> ort.
         made = ort.InferenceSession(what, options, providers=_providers(device, placement), enable_fallback=0)
     except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
         raise BundleError(str(what)[:200], [f"onnxruntime can't load it: {e}"[:500]]) from None
-    if not device.near and "CUDAExecutionProvider" not in made.get_providers():
+    if device.kind == "cuda" and "CUDAExecutionProvider" not in made.get_providers():
         raise BundleError(str(what)[:200], [f"onnxruntime can't use {device}: see its log for the library or driver that is missing"])
     return made
 
 
 def _providers(device: Device, placement: Placement) -> list[Any]:
-    if device.near:
+    if device.kind == "cpu":
         return ["CPUExecutionProvider"]
     _preload()
     about = {

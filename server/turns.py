@@ -32,7 +32,7 @@ from server.workers import Workers
 log = logging.getLogger(__name__)
 
 Told = Callable[[bytes | ServeError], None]
-OWNED_AFTER = 64  # rounds after which a session that was not used since gets state of its own
+OWNED_AFTER = 64  # rounds, and as many turns as sessions are in memory, after which one that was not used since gets state of its own
 
 
 class Plan:
@@ -186,6 +186,7 @@ class Turns:
         self._clock = clock
         self._round = _Round()
         self._shared: deque[list[_Ran]] = deque()  # by round, those whose states may still lie in its bank
+        self._sharing = 0  # turns of these rounds
         self._errands = shelf.errands if shelf.keeps else None
         self._waiting: deque[list[_Ran]] = deque()  # by round, for a store that takes its time
         workers.after_round = self._after_round
@@ -340,8 +341,7 @@ class Turns:
                     closed.append(session)
                     continue
                 told.append((session, self._sessions.commit(session, r.replies, r.memory, now), r.replies))
-            self._shared.append(ran)
-            old = self._shared.popleft() if len(self._shared) > OWNED_AFTER else ()
+            old = self._grown_old(ran)
         for _, done, replies in told:
             for pending, reply in zip(done, replies, strict=True):
                 self._tell((pending,), reply)
@@ -389,6 +389,17 @@ class Turns:
             for r in ran:
                 self.failed(r.session, e)
             return None
+
+    def _grown_old(self, ran: list[_Ran]) -> list[_Ran]:
+        """Turns of rounds so long ago that whoever is used at all was used since. With the lock held. By rounds alone, where very many
+        sessions take turns each of them would get state of its own between any two."""
+        self._shared.append(ran)
+        self._sharing += len(ran)
+        old: list[_Ran] = []
+        while len(self._shared) > OWNED_AFTER and self._sharing - len(self._shared[0]) >= self._sessions.in_memory:
+            self._sharing -= len(self._shared[0])
+            old += self._shared.popleft()
+        return old
 
     def _own(self, ran: Listed[_Ran]) -> None:
         """States that still lie in an old round's bank get a place of their own: one idle session must not keep the whole bank."""

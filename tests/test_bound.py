@@ -4,6 +4,7 @@ rounds are to be. On a CPU here, through the same banks and bindings as on a GPU
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -297,6 +298,61 @@ def test_two_devices_share_a_model(library: Path) -> None:
     assert values(bench.metrics.registry)["seqserve_sequences_total", "reader", "1", "answered"] == 13
 
 
+class Far(Device):
+    """A CPU that is treated as a GPU is: apart from the threads that serve."""
+
+    @property
+    def near(self) -> bool:
+        return False
+
+
+def test_a_device_apart(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: answers held against the CPU's at load, two rounds of a model under way at most, of which one runs, none of them on the
+    thread that brings work; and the answers are those of one run alone."""
+    held: list[str] = []
+    agree = trial.agree
+    monkeypatch.setattr(trial, "agree", lambda onnx, *rest: held.append(onnx.graph.file) or agree(onnx, *rest))
+    bench = Placed(library, Limits(rows=8, chunk=5, share=2, workers=3), Placement((Far("cpu", 1),), banks=True), threads=4)
+    assert sorted(held) == ["read.onnx", "step.onnx", "step.onnx", "step.onnx"]
+    engine = bench.catalog.find("reader").engine
+    graph = engine.graphs["step"]
+    assert isinstance(graph, BoundGraph)
+    at_once, most, under_way = [0], [0], [0]
+    advance, run = graph.advance, graph.loaded.run
+
+    def watched(*given: Any) -> Any:
+        under_way[0] = max(under_way[0], engine.rounds.under_way)
+        assert threading.current_thread() is not threading.main_thread()
+        return advance(*given)
+
+    def alone_at_it(*given: Any) -> Any:
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        try:
+            return run(*given)
+        finally:
+            at_once[0] -= 1
+
+    monkeypatch.setattr(graph, "advance", watched)
+    monkeypatch.setattr(graph.loaded, "run", alone_at_it)
+    rng = np.random.default_rng(7)
+    texts = [rng.integers(0, models.VOCABULARY, (1, int(n))) for n in rng.integers(1, 60, 120)]
+    bench.expected = len(texts)
+    bench.workers.start()
+    bench.workers.attend()
+    for i, tokens in enumerate(texts):
+        bench.ask("reader", i, tokens=tokens)
+    while bench.workers.brief():
+        pass
+    assert bench.all_in.wait(60)
+    assert bench.workers.drain(10)
+    bench.workers.stop()
+    for i, tokens in enumerate(texts):
+        assert equal(bench.answers[i], alone(bench.catalog.find("reader"), tokens=tokens))
+    assert most == [1]
+    assert under_way[0] <= 2
+
+
 def test_lanes_bound_what_is_under_way() -> None:
     """As many rounds as there are lanes run at once; the next is chosen when one is done."""
     from server.rounds import Rounds, Ticket
@@ -459,6 +515,35 @@ def test_what_a_store_keeps_comes_from_the_device_once_a_round(library: Path, tm
     assert {first_part + caller.turn(name, 2, tokens[9:]) for name in names for first_part in first} == {whole}
     caller.close()
     again.stop()
+
+
+@pytest.mark.parametrize("state", ["host", "device"])
+def test_an_idle_session_keeps_no_round(library: Path, app: Callable[..., App], state: str) -> None:
+    """A session that others' turns have passed by for long has a place of its own; it goes on from there. Until as many turns were applied
+    as there are sessions, nobody is idle."""
+    server = app(state=state)
+    caller = Caller(server)
+    tokens = np.random.default_rng(6).integers(0, models.VOCABULARY, 20)
+    names = [f"s{n}" for n in range(5)]
+    for name in [*names, *(f"more{n}" for n in range(100))]:
+        caller.ask("Open", pb.OpenRequest(session=name, model=tasks_pb.Model(name="reader")), pb.SessionInfo)
+    first = [scores(r) for m in caller.turns(iter([pb.TurnsRequest(turns=[turn(n, 1, tokens[:9]) for n in names])])) for r in m.turns]
+
+    def rows(name: str) -> Rows:
+        live = server.shelf.sessions.live(name)
+        assert live is not None
+        return live.state.rows  # type: ignore[no-any-return]
+
+    idle = next(name for name in names[1:] if not rows(name).whole)
+    for number in range(2, 102):
+        caller.turn("s0", number, tokens[:1])
+    assert not rows(idle).whole, "100 turns, and 105 sessions"
+    for number in range(102, 112):
+        caller.turn("s0", number, tokens[:1])
+    assert rows(idle).whole
+    whole = alone(server.catalog.find("reader"), tokens=tokens[None])["scores"].tobytes()
+    assert first[0] + caller.turn(idle, 2, tokens[9:]) == whole
+    caller.close()
 
 
 def test_every_task_answers_the_same(app: Callable[..., App]) -> None:

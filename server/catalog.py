@@ -1,8 +1,8 @@
 """All engines: bundles on disk → models that can be called; names and versions → one of them.
 
 A bundle is checked in full before it serves: its description, its files, its graphs against its description, its task,
-and a first run of every graph; on a GPU, that it answers as on the CPU. A damaged one is refused with every fault listed, and the
-others serve on. A model has an engine for each device.
+and a first run of every graph; on a GPU, that it answers as on the CPU (loading.py). A damaged one is refused with every fault listed,
+and the others serve on. A model has an engine for each device.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from contract import bundle as contract
-from contract import tolerance
 from contract.bundle import Bundle, BundleError, Graph
-from server import dropin, trial
-from server.bound import BoundGraph, unbound
-from server.devices import Device, Placement
+from server import dropin
+from server.devices import Placement
 from server.engine import Engine, Watch
 from server.errors import NotFound, listed
-from server.graph import OnnxGraph
+from server.loading import Loader, Trials
 from server.rounds import Limits
 from server.sequence import Sequence
 from server.tasks.classify import Classifier
@@ -55,20 +53,6 @@ KINDS: Mapping[str, Kind] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Trials:
-    """How the sizes of rounds are found for each model: as given, or for those that are None measured when it is loaded, in about
-    `seconds`; what was measured is kept in `notes`, where there is such a file."""
-
-    rows: int | None = 64
-    chunk: int | None = 32
-    seconds: float = 0.5
-    notes: Path | None = None
-
-
-LANES = 2  # rounds of a model under way at once on a device: one runs there while the next is stacked and the last is answered
-
-
-@dataclass(frozen=True, slots=True)
 class Model:
     """One version of a model, ready to be called."""
 
@@ -96,9 +80,7 @@ class Catalog:
         trials: Trials | None = None,
     ) -> None:
         self._workers = workers
-        self._limits = limits
-        self._placement = placement or Placement()
-        self._trials = trials or Trials(limits.rows, limits.chunk)
+        self._loader = Loader(placement or Placement(), trials or Trials(limits.rows, limits.chunk), limits)
         self._watch = watch
         self._most_rows = most_rows
         self._directory = Path()
@@ -132,22 +114,11 @@ class Catalog:
         bundle = dropin.bundle(directory, name) if dropin.is_one(directory) else contract.load(directory)
         if bundle.name != name:
             raise BundleError(str(directory), [f"the bundle is named {bundle.name!r}: rename the directory or export it anew"])
-        engines: list[Engine] = []
-        faults = _task_faults(bundle)
-        for device in self._placement.devices:
-            found, engine = self._engine(bundle, version, directory, device, engines[0] if engines else None)
-            faults += found
-            if engine is None or faults:
-                for made in (*engines, *((engine,) if engine is not None else ())):
-                    self._workers.remove(made)
-                raise BundleError(str(directory), faults)
-            engines.append(engine)
-        engine = engines[0]
-        engine.others = tuple(engines[1:])
+        engine = self._engine(bundle, version, directory)
         try:
             task = KINDS[bundle.kind].make(engine, directory) if bundle.kind in KINDS else None
         except Exception as e:  # a vocabulary file that is none, a number that is none: the tokenizers library raises bare Exception
-            for made in engines:
+            for made in engine.engines:
                 self._workers.remove(made)
             fault = f"task {bundle.kind!r} can't be set up ({type(e).__name__}: {e}): export the model again"
             raise BundleError(str(directory), [fault]) from None
@@ -161,65 +132,27 @@ class Catalog:
         log.info("ready: %s version %s (%s)", name, version, bundle.kind)
         return model
 
-    def _engine(
-        self, bundle: Bundle, version: str, directory: Path, device: Device, first: Engine | None
-    ) -> tuple[list[str], Engine | None]:
-        """The engine of a model on one device, or what is wrong with it there."""
-        graphs: dict[str, OnnxGraph] = {}
-        faults: list[str] = []
-        ran: list[tuple[str, int, float]] = []
-        rows = self._trials.rows or trial.ROWS[-1]
-        for key, graph in bundle.graphs.items():
+    def _engine(self, bundle: Bundle, version: str, directory: Path) -> Engine:
+        """The engines of a model, one for each device; the first of them, which knows the others."""
+        faults = _task_faults(bundle)
+        loaded = []
+        for device in self._loader.placement.devices:
             try:
-                graphs[key] = onnx = self._graph(graph, directory / graph.file, device, rows)
-                found, times = trial.first_run(onnx)
-                if not found and not device.near:
-                    found = trial.agree(onnx, OnnxGraph(graph, directory / graph.file), tolerance.allowed(bundle.verified, key))
-                if not found and isinstance(onnx, BoundGraph) and (why := onnx.check_captured()) is not None:
-                    log.warning("%s %s: graph %r is not run as CUDA graphs: %s", bundle.name, version, key, why)
-                faults += [f"graph {key!r}: {fault}" for fault in found]
-                ran += [(key, rows, seconds) for rows, seconds in times]
+                loaded.append(self._loader.load(bundle, directory, device))
             except BundleError as e:
-                faults += [f"graph {key!r}: {fault}" for fault in e.faults]
+                raise BundleError(str(directory), faults + e.faults) from None
         if faults:
-            return faults, None
-        limits, points = self._sizes(bundle, graphs[bundle.main])
-        if not device.near:
-            limits = replace(limits, workers=LANES, lanes=LANES)
-        engine = Engine(bundle, version, graphs, self._workers, limits, self._watch if first is None else _For(first, self._watch))
-        engine.measured = points
-        for which, many, seconds in ran:
-            engine.costs.learn(which, many, 1, seconds)
-        for point in points:
-            engine.costs.learn(bundle.main, point.rows, point.steps, point.seconds)
-        return [], engine
-
-    def _graph(self, graph: Graph, file: Path, device: Device, rows: int) -> OnnxGraph:
-        if self._placement.banks and unbound(graph) is None:
-            return BoundGraph(graph, file, device, self._placement, rows)
-        return OnnxGraph(graph, file, device, self._placement)
-
-    def _sizes(self, bundle: Bundle, onnx: OnnxGraph) -> tuple[Limits, Listed[trial.Point]]:
-        """How large its rounds are to be, and what that was measured by."""
-        trials = self._trials
-        if trials.rows is not None and trials.chunk is not None:
-            return replace(self._limits, rows=trials.rows, chunk=trials.chunk), ()
-        notes = trial.Notes(trials.notes) if trials.notes is not None else None
-        key = f"{bundle.fingerprint} {onnx.device} {'banks' if isinstance(onnx, BoundGraph) else 'host'}"
-        points = notes.get(key) if notes is not None else None
-        if points is None:
-            points = trial.measure(onnx, trials.seconds, trials.rows or trial.ROWS[-1])
-            if notes is not None:
-                notes.put(key, points)
-        sizes = trial.choose(points)
-        limits = replace(self._limits, rows=trials.rows or sizes.rows, chunk=trials.chunk or sizes.chunk)
-        if not onnx.device.near:  # on a CPU a round of few rows leaves another core to another round
-            limits = replace(limits, share=min(sizes.share, limits.rows))
-        log.info(
-            "%s on %s: rounds of at most %d rows and %d steps, by ms a round:\n%s", bundle.name, onnx.device, limits.rows, limits.chunk,
-            trial.table(points),
-        )  # fmt: skip
-        return limits, points
+            raise BundleError(str(directory), faults)
+        engines: list[Engine] = []
+        for found in loaded:
+            watch = _For(engines[0], self._watch) if engines else self._watch
+            engine = Engine(bundle, version, found.graphs, self._workers, found.limits, watch)
+            engine.measured = found.measured
+            for which, rows, seconds in found.ran:
+                engine.costs.learn(which, rows, 1, seconds)
+            engines.append(engine)
+        engines[0].others = tuple(engines[1:])
+        return engines[0]
 
     def update(self, name: str) -> list[Model]:
         """Make what is served of a model what is on disk: new and changed versions are loaded, ones that went are unloaded.

@@ -28,7 +28,8 @@ from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server import gather, trial
 from server.app import App
-from server.bound import BoundGraph, Held, unbound
+from server.banks import Held
+from server.bound import BoundGraph, unbound
 from server.catalog import Catalog, Trials
 from server.config import Config
 from server.devices import CPU, Device, Placement, parse

@@ -104,11 +104,14 @@ def running(models: Path, device: str, state: str, sizes: str) -> Iterator[App]:
     )  # fmt: skip
     app.catalog.scan(models)
     app.workers.start()
+    before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
     try:
         yield app
     finally:
         app.workers.stop()
+        app.store.close()
+        sys.setswitchinterval(before)
 
 
 class Counted:

@@ -86,11 +86,16 @@ class App:
             **self.health.methods(desk),
             **(health.reflect(services, desk) if config.reflection else {}),
         }
-        options = Options(max_receive_bytes=config.max_message_bytes, streams=config.connection_streams, keepalive_s=config.keepalive)
+        options = Options(
+            max_receive_bytes=config.max_message_bytes,
+            streams=config.connection_streams,
+            keepalive_s=config.keepalive,
+            processes=config.rpc_processes,
+        )
         if self.tracing is not None:
             methods = self.tracing.methods(methods)
         self.methods: Mapping[str, Method] = methods
-        self.front = choose_front(config.front)(methods, options, self.workers)
+        self.front = choose_front(config.front, config.rpc_processes)(methods, options, self.workers)
         self.metrics.watch_server(self.shelf, config.workers, lambda: self.front.live)
         self.port = 0
         self.metrics_port = -1

@@ -67,6 +67,7 @@ class Config:
     allow_shared_memory: bool = _knob(False, "let callers on this machine register POSIX shared memory and name it in place of bytes")
     server_name: str = _knob("seqserve", "what ServerMetadata says; clients written for another server may look for its name")
     front: str = _knob("auto", "how calls are carried: direct (our own HTTP/2, least CPU) or public (grpcio's server); auto is direct")
+    rpc_processes: int = _knob(0, "processes that carry calls to this one, for machines with many cores; 0: this one does it itself")
     drain_seconds: float = _knob(30.0, "how long a stopping server waits for running requests")
     tls_cert: Path | None = _knob(None, "PEM certificate chain; with --tls-key, calls are encrypted")
     tls_key: Path | None = _knob(None, "PEM private key of --tls-cert")
@@ -84,7 +85,7 @@ class Config:
     def __post_init__(self) -> None:
         least: Mapping[str, int] = {
             "workers": 1, "max_rows": MEASURED, "chunk": MEASURED, "device_state_mb": 1, "max_queue": 1, "max_request_rows": 1,
-            "max_sessions": 1, "resident_sessions": 1, "max_message_bytes": 1024, "port": 0, "connection_streams": 0,
+            "max_sessions": 1, "resident_sessions": 1, "max_message_bytes": 1024, "port": 0, "connection_streams": 0, "rpc_processes": 0,
             "metrics_port": -1,
         }  # fmt: skip
         faults = [f"--{_flag(name)} must be at least {low}" for name, low in least.items() if getattr(self, name) < low]

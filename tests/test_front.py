@@ -20,6 +20,7 @@ import pytest
 from server.rpc.direct_front import DirectFront
 from server.rpc.front import Call, Front, Metadata, Method, Options, Receiver, Tls, choose_front, server_stream, stream, unary
 from server.rpc.public_front import PublicFront
+from server.rpc.relay_front import RelayFront
 
 WAIT_S = 30  # long enough for a crowded machine; nothing waits this long unless a test is about to fail
 CUT = ("grpc.use_local_subchannel_pool", 1)  # a connection of its own for every channel
@@ -115,9 +116,9 @@ class Served:
 Serve = Callable[..., Served]
 
 
-@pytest.fixture(params=["direct", "public"])
+@pytest.fixture(params=["direct", "public", "relayed"])
 def kind(request: pytest.FixtureRequest) -> type[Front]:
-    return choose_front(request.param)
+    return choose_front("direct", 1) if request.param == "relayed" else choose_front(request.param)
 
 
 @pytest.fixture
@@ -939,5 +940,6 @@ def test_the_direct_front_is_the_default() -> None:
     """And a name that is none is refused with those that there are."""
     assert choose_front() is choose_front("direct") is DirectFront
     assert choose_front("public") is PublicFront
+    assert choose_front(processes=2) is RelayFront
     with pytest.raises(ValueError, match="auto, direct and public"):
         choose_front("aio")

@@ -43,6 +43,8 @@ _FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 class DirectFront:
     """A front of one thread; see the module for how calls pass and `front.Front` for what each method promises."""
 
+    accepts = 64  # connections taken at once
+
     def __init__(self, methods: Mapping[str, Method], options: Options = DEFAULTS, besides: Besides | None = None) -> None:
         self.options = options
         self.table: dict[str, Entry] = {name: (KINDS[m.kind], name, m.start) for name, m in methods.items()}
@@ -98,9 +100,20 @@ class DirectFront:
             if self._started:
                 raise RuntimeError("this front has been started before")
             self._started = True
-            for listener, context in self._listeners:
-                self._selector.register(listener, selectors.EVENT_READ, self._acceptor(listener, context))
+            self._open()
             self._thread.start()
+
+    def _open(self) -> None:
+        """Begin to take connections."""
+        for listener, context in self._listeners:
+            self._selector.register(listener, selectors.EVENT_READ, self._acceptor(listener, context))
+
+    def _shut(self) -> None:
+        """Take no more."""
+        for listener, _ in self._listeners:
+            self._selector.unregister(listener)
+            listener.close()
+        self._listeners = []
 
     def drain(self) -> None:
         with self._lock:
@@ -182,14 +195,18 @@ class DirectFront:
                 working = besides.brief()
             elif not events:
                 working = False
-            if self._dirty:
-                self._send()
+            self._settle()
             now = time.monotonic()
             if now >= tick or now >= self._soonest or self.draining:
                 self._tick(now)
                 tick = now + TICK_S
                 if self._stopping or (self.draining and not self._connections):
                     return
+
+    def _settle(self) -> None:
+        """The end of a turn: what it wrote is sent."""
+        if self._dirty:
+            self._send()
 
     def _send(self) -> None:
         """Send what was written, connection by connection."""
@@ -228,7 +245,7 @@ class DirectFront:
 
     def _acceptor(self, listener: sockets.socket, context: ssl.SSLContext | None) -> Callable[[int], None]:
         def accept(_mask: int) -> None:
-            for _ in range(64):
+            for _ in range(self.accepts):
                 try:
                     socket, where = listener.accept()
                 except BlockingIOError:
@@ -285,10 +302,7 @@ class DirectFront:
     def _tick(self, now: float) -> None:
         """Who has fallen silent, whose time is up; and what a drain has come to."""
         if self.draining and self._listeners:
-            for listener, _ in self._listeners:
-                self._selector.unregister(listener)
-                listener.close()
-            self._listeners = []
+            self._shut()
         late = now >= self._soonest
         soonest = _NO_DEADLINE
         for c in list(self._connections):
@@ -315,7 +329,7 @@ class DirectFront:
                 elif now - c.pinged > self.options.keepalive_timeout_s:
                     logger.info("%s: no answer for %.0f s; its %d calls are given up", c.peer, now - c.heard, len(c.calls))
                     self._lost(c)
-            elif now - c.heard > self.options.keepalive_s:
+            elif now - c.heard > self.options.keepalive_s and not c.stuck:  # of those nothing is read
                 c.ask()
         if late:
             self._soonest = soonest

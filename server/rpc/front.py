@@ -114,6 +114,9 @@ class Options:
     streams: int = 0
     """Calls of one connection at once, whatever their kind; further ones wait at the caller. 0 is no limit."""
 
+    processes: int = 0
+    """Processes that carry calls, in place of the server's own thread (relayed front only)."""
+
     keepalive_s: float = 30.0
     """A connection of which nothing was heard for so long is asked whether anyone is there (direct front only)."""
 
@@ -191,18 +194,21 @@ class Front(Protocol):
         from a handler."""
 
 
-def choose_front(which: str = "auto") -> type[Front]:
-    """The front called "direct" or "public"; with "auto" the first."""
-    from server.rpc import direct_front, public_front
+def choose_front(which: str = "auto", processes: int = 0) -> type[Front]:
+    """The front called "direct" or "public"; with "auto" the first. With `processes` to carry calls, the relayed one."""
+    from server.rpc import direct_front, public_front, relay_front
 
     if which not in ("auto", "direct", "public"):
         raise ValueError(f"no front is called {which!r}; there are auto, direct and public")
-    return public_front.PublicFront if which == "public" else direct_front.DirectFront
+    if which == "public":
+        return public_front.PublicFront
+    return relay_front.RelayFront if processes else direct_front.DirectFront
 
 
 # ---- What both fronts must say and do alike ----
 
 HANDLER_FAILED = "the server failed while it handled this call; its log has the reason"
+DRAINING = "the server is shutting down; send the request again"
 NO_REQUEST = "the call ended without the one message this method takes"
 BAD_TRAILING = "the server tried to answer with metadata that gRPC cannot carry; its log has the reason"
 

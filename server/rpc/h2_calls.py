@@ -391,13 +391,24 @@ class OpenCall(StreamCall):
     """A stream that the caller writes to as well. While too many replies wait for it, what it sends is kept, and it is soon told
     to send no more: its window is not opened again."""
 
-    __slots__ = ("_inbox", "_receiver", "held")
+    __slots__ = ("_inbox", "_paused", "_receiver", "held")
 
     def __init__(self, connection: Connection, stream: int, method: str, start: Callable[..., Receiver | None], asked: Asked) -> None:
         super().__init__(connection, stream, method, start, asked)
         self._receiver: Receiver | None = None
         self._inbox: deque[bytes] = deque()
         self.held = False
+        self._paused = False
+
+    def hold(self, on: bool) -> None:
+        """Its handler wants no more messages for now, or wants them again. On the front's thread."""
+        self._paused = on
+        if on:
+            self.held = True
+        elif not self._full(0.5):
+            with self._connection.lock:
+                self._connection.resumed(self)
+            self._connection.touch()
 
     def begin(self) -> None:
         self._receiver = self._run(self._start, self)
@@ -419,10 +430,12 @@ class OpenCall(StreamCall):
             self._run(receiver.on_message, message)
             if self._queue and self._full():
                 with self._connection.lock:
-                    self.held = not self._over and self._full()
+                    self.held = self._paused or (not self._over and self._full())
 
     def resume(self) -> None:
         """The caller has read half of what waited: go on with what it sent meanwhile. On the front's thread."""
+        if self._paused:
+            return
         self.held = False
         while self._inbox and not self.held:
             self._deliver(self._inbox.popleft())
@@ -435,7 +448,7 @@ class OpenCall(StreamCall):
 
     def pump(self) -> bool:
         done = super().pump()
-        if self.held and not self._full(0.5):
+        if self.held and not self._paused and not self._full(0.5):
             self._connection.resumed(self)
         return done
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import grpc
 
 from server.rpc import h2_frames as h2
-from server.rpc.front import Options, Receiver, no_such_method
+from server.rpc.front import DRAINING, Options, Receiver, no_such_method
 from server.rpc.h2_calls import BACKLOG, STREAM_WINDOW, Call, OpenCall, StreamCall, UnaryCall
 from server.rpc.h2_frames import Fault
 from server.rpc.h2_headers import MOST_BYTES, MOST_READ, Asked, Reader, Unreadable, Writer, no_grpc
@@ -384,7 +384,7 @@ class Connection:
         if refusal is not None:
             call.fail(refusal.status, refusal.message)
         elif self._home.draining:
-            call.fail(grpc.StatusCode.UNAVAILABLE, "the server is shutting down; send the request again")
+            call.fail(grpc.StatusCode.UNAVAILABLE, DRAINING)
         else:
             call.fail(grpc.StatusCode.UNIMPLEMENTED, no_such_method(asked.path, self._home.table))
 

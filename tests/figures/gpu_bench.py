@@ -312,7 +312,7 @@ def sessions_part(asked: argparse.Namespace, models: Path) -> None:
 def grpc_part(asked: argparse.Namespace, models: Path) -> None:
     lines = []
     for state in ("device", "host"):
-        with serve(models, *flags(asked.device, state, asked.sizes)) as served:
+        with serve(models, *flags(asked.device, state, asked.sizes), "--rpc-processes", str(asked.rpc_processes)) as served:
             for count in asked.sessions:
                 clients = min(CLIENTS, max(1, count // TOGETHER))
                 before = metrics(served.metrics_port)
@@ -375,7 +375,7 @@ def tasks_part(asked: argparse.Namespace) -> None:
             "classify": gpu_limits.bare_reviews(texts["classify"], device),
             "translate": gpu_limits.bare_sentences(texts["translate"], device),
         }
-        with serve(ROOT / "models", *flags(asked.device, "auto", asked.sizes)) as served:
+        with serve(ROOT / "models", *flags(asked.device, "auto", asked.sizes), "--rpc-processes", str(asked.rpc_processes)) as served:
             for what, kind in (("classify", "sentiment"), ("translate", "translator")):
                 clients = min(CLIENTS, 4)
                 made = []
@@ -410,6 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words.add_argument("--seconds", type=float, default=3.0, help="of load for each figure")
     words.add_argument("--hidden", type=int, default=512)
     words.add_argument("--sizes", default="measured", help="of rounds: measured, or a number of rows")
+    words.add_argument("--rpc-processes", type=int, default=0, help="as the server's, for the parts over gRPC")
     words.add_argument("--texts", type=int, default=2000, help="at most, of either kind")
     words.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     asked = words.parse_args(argv)

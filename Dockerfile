@@ -64,6 +64,7 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=30s --retries=3 CMD ["se
 ENTRYPOINT ["seqserve", "serve"]
 
 FROM serving AS gpu
+ENV SEQSERVE_DEVICE=cuda SEQSERVE_MEASURED=/var/lib/seqserve/measured.json
 COPY --from=gpu-built /opt/seqserve /opt/seqserve
 
 FROM serving AS server

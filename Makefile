@@ -10,7 +10,7 @@ ENGINE ?= docker
 TARGET ?= server
 RUN ?=
 
-.PHONY: turn-cost round-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos docs docs-serve reference dashboard setup setup-dev setup-docs clean
+.PHONY: turn-cost round-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos docs docs-serve reference dashboard gpu-bench setup setup-dev setup-docs clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -59,6 +59,9 @@ turn-cost: setup-dev    ## the server's own Python a turn and a call, one thread
 
 bench-sessions: setup-dev ## what a turn costs, every store side by side; RUN="--open 0 --repeats 1" is shorter
 	$(BIN)/python -m tests.figures.sessions_bench $(RUN)
+
+gpu-bench: setup-dev    ## turns and tasks on a GPU, or RUN="--device cpu --part sessions"; beside onnxruntime and PyTorch alone
+	$(BIN)/python -m tests.figures.gpu_bench --data $(DATA) $(RUN)
 
 bench: setup-dev        ## server, bare onnxruntime and a peer under perf_analyzer, into docs/bench.md; RUN="--short --only a32-32"
 	$(BIN)/python -m tests.figures.bench --data $(DATA) $(RUN)

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server import shelf
-from server.catalog import Catalog
-from server.config import Config
+from server import graph, shelf
+from server.catalog import Catalog, Trials
+from server.config import MEASURED, Config
+from server.devices import CPU, Device, Placement, parse
 from server.engine import Watch
 from server.keys import Keys
 from server.metrics import Metrics
@@ -51,6 +52,8 @@ TRIM_S = 60.0
 # 5 ms rounds were seen to wait 30 ms for their start and end.
 SWITCH_S = 0.0005
 
+ROWS, CHUNK = 64, 32  # of a round on a CPU, where nothing else is said
+
 
 class App:
     """One server. `start` returns once it serves; `stop` drains first."""
@@ -59,12 +62,14 @@ class App:
         self.config = config
         self.metrics = Metrics()
         self.tracing, self.workers, watch = _traced(config, self.metrics)
+        placement = _placement(config)
+        trials = _trials(config, placement)
         limits = Limits(
-            rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, wait=config.max_wait, standing=config.standing_wait,
-            workers=config.workers,
+            rows=trials.rows or ROWS, chunk=trials.chunk or CHUNK, queue=config.max_queue, wait=config.max_wait,
+            standing=config.standing_wait, workers=config.workers,
         )  # fmt: skip
         statistics = Statistics(watch)
-        self.catalog = Catalog(self.workers, limits, statistics, config.max_request_rows)
+        self.catalog = Catalog(self.workers, limits, statistics, config.max_request_rows, placement, trials)
         self.store = open_store(config.store, config.durability)
         room = shelf.Limits(config.max_sessions, config.resident_sessions, config.session_ttl)
         self.shelf = Shelf(self.catalog, self.store, room, moves=config.move_sessions == "compatible")
@@ -179,6 +184,33 @@ def _traced(config: Config, metrics: Metrics) -> tuple[Tracing | None, Workers, 
     traced = Tracing(exporting(config.otlp))
     workers = TracedWorkers(config.workers)
     return traced, workers, TracedWatch(metrics, workers, traced.tracer)
+
+
+def _placement(config: Config) -> Placement:
+    """Where rounds run. Raises ValueError where what is asked for is not there."""
+    devices = parse(config.device)
+    if not devices:
+        why = graph.missing(Device("cuda"))
+        if why is not None:
+            log.warning("no GPU, so rounds run on the CPU: %s", why)
+        devices = (Device("cuda"),) if why is None else (CPU,)
+    for device in devices:
+        if (why := graph.missing(device)) is not None:
+            raise ValueError(f"--device {device}: {why}; --device auto runs on the CPU then")
+    near = devices[0].near
+    return Placement(
+        devices, config.state == "device" or (config.state == "auto" and not near), config.device_state_mb << 20,
+        min(config.max_sessions, config.resident_sessions), config.row_buckets, config.cuda_graphs, config.tf32,
+    )  # fmt: skip
+
+
+def _trials(config: Config, placement: Placement) -> Trials:
+    near = placement.devices[0].near
+    rows, chunk = (
+        given if given > 0 else None if given == MEASURED or not near else usual
+        for given, usual in ((config.max_rows, ROWS), (config.chunk, CHUNK))
+    )
+    return Trials(rows, chunk, config.measure_seconds, config.measured)
 
 
 def _trim() -> None:

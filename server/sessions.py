@@ -134,6 +134,10 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live) + len(self._away)
 
+    @property
+    def in_memory(self) -> int:
+        return len(self._live)
+
     def __contains__(self, id: str) -> bool:
         return id in self._live or id in self._away
 

@@ -7,6 +7,7 @@ in `aio_session`. One client belongs to one event loop: the connection is made a
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -43,6 +44,7 @@ class AsyncClient:
         self._metadata = tuple(metadata)
         self._retries = retries
         self._closed = False
+        self._owner = True
         self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
         self._unary: dict[str, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {}
@@ -54,10 +56,23 @@ class AsyncClient:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
+    def with_metadata(self, metadata: Sequence[tuple[str, str | bytes]]) -> AsyncClient:
+        """A client on the same connection that sends this metadata in place of this one's: for those who call on behalf of
+        several. The connection is closed with the first of them; who closes one of the others only ends its own retries."""
+        self._connected()
+        twin = copy.copy(self)
+        twin._metadata = tuple(metadata)
+        twin._owner = False
+        return twin
+
+    async def call(self, call: wire.Call[R], *, timeout: float | None = None) -> R:
+        """A call made by `wire`, `sessions` or `inference`: for those who carry calls rather than make them."""
+        return await self._call(call, timeout)
+
     async def close(self) -> None:
         """Ends the connection; calls in flight are cancelled."""
         self._closed = True
-        if self._channel is not None:
+        if self._channel is not None and self._owner:
             await self._channel.close(None)
 
     @overload

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 import grpc
 from numpy.typing import ArrayLike
 
-from seqserve import errors, generation, inference, results, retry, sessions, turns, wire
+from seqserve import errors, generation, inference, inside, results, retry, sessions, turns, wire
 from seqserve.session import Session
 
 R = TypeVar("R")
@@ -222,6 +222,12 @@ class Client:
     def sessions(self, limit: int = 0, after: str = "", *, timeout: float | None = None) -> list[results.SessionInfo]:
         """The open sessions by id, at most `limit` of them (0: 1,000), from the first id after `after`."""
         return self._call(sessions.listed(limit, after), timeout)
+
+    def watch(self, interval: float = 0.0, rounds: int = 0, *, timeout: float | None = None) -> Generator[inside.Picture, None]:
+        """What the server is doing: a picture at once and one after every `interval` seconds (0: 0.25), each with the newest
+        `rounds` that ended since the last (0: 200), until `timeout` or until it is closed. Where the server asks for keys it is
+        for operators."""
+        return self._stream(inside.watch(interval, rounds), timeout)
 
     def models(self, *, timeout: float | None = None) -> list[results.Model]:
         """What the server serves, every version of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import seqserve
 from protos import inside_pb2 as pb
+from seqserve import inside as inside_client
 from server.app import App
 from server.catalog import Catalog
 from server.config import Config
@@ -265,3 +267,33 @@ def test_times(library: Path) -> None:
 def _round(rows: int) -> Round[Sequence]:
     tickets = tuple(Sequence("main", {}, Sizes(1, 1), lambda s, o: None, lambda e: None) for _ in range(rows))
     return Round((), tickets, 1)
+
+
+def test_from_python(app: App, client: seqserve.Client) -> None:
+    """Both clients watch, and see the same of a round."""
+
+    async def first_round() -> inside_client.Round:
+        async with seqserve.AsyncClient(f"127.0.0.1:{app.port}") as other:
+            pictures = other.watch(0.05)
+            await anext(pictures)
+            client.infer("reader", {"tokens": np.array([[1, 2, 3]])})
+            async for picture in pictures:
+                if picture.rounds:
+                    await pictures.aclose()
+                    return picture.rounds[0]
+        raise AssertionError("it ended")
+
+    pictures = client.watch(0.05)
+    before = next(pictures)
+    assert repr(before).startswith("<Picture at ")
+    awaited = asyncio.run(first_round())
+    seen = next(picture for picture in pictures if picture.rounds)
+    assert seen.rounds[0] == awaited
+    assert (awaited.model, awaited.steps, awaited.parts[0].turns) == ("reader", 3, 0)
+    assert seen.server == before.server
+    assert {load.model for load in seen.models} == {"reader", "both_ways", "fragile"}
+    pictures.close()
+    with pytest.raises(seqserve.InvalidInput):
+        next(client.watch(1e9))
+    with pytest.raises(seqserve.InvalidInput):
+        client.watch("often")  # type: ignore[arg-type]

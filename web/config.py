@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -34,6 +35,9 @@ class Config:
     write_seconds: float = _knob(30.0, "how long a reader may leave what was sent unread before its connection is cut")
     max_connections: int = _knob(2048, "connections at once; further ones are told to come back")
     allow_origin: str = _knob("", "origins, separated by commas, whose pages may call from a browser, beside our own; * is all")
+    allow_host: str = _knob(
+        "", "hosts, separated by commas, that requests may name; *: any; empty: any, or ours alone on a loopback --host"
+    )
     drain_seconds: float = _knob(20.0, "how long a stopping process waits for running requests")
     tls_cert: Path | None = _knob(None, "PEM certificate chain to be served with (HTTPS), with --tls-key")
     tls_key: Path | None = _knob(None, "PEM private key of --tls-cert")
@@ -72,6 +76,14 @@ class Config:
     def origins(self) -> frozenset[str]:
         return frozenset(o.strip() for o in self.allow_origin.split(",") if o.strip())
 
+    @property
+    def hosts(self) -> frozenset[str]:
+        """What a request's Host may be, without port; empty: anything."""
+        named = {h.strip().lower() for h in self.allow_host.split(",") if h.strip()}
+        if "*" in named or not (named or _loopback(self.host)):
+            return frozenset()
+        return frozenset({*named, "localhost", "127.0.0.1", "::1", self.host.lower()})
+
     def shown(self) -> dict[str, Any]:
         """How the server is to be called: credentials and metadata. Raises OSError or ValueError for files that are none."""
         made: dict[str, Any] = {}
@@ -105,6 +117,13 @@ class Config:
             return cls(**vars(values))
         except ValueError as e:
             parser.error(str(e))
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _flag(name: str) -> str:

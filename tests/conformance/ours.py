@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 
 from tests.conformance.models import write
-from tests.process import ROOT, serve
+from tests.process import ROOT, serve, web
 
 FLAGS = ("--allow-shared-memory", "--server-name", "triton")  # a published example insists on that name
 
@@ -21,8 +21,9 @@ FLAGS = ("--allow-shared-memory", "--server-name", "triton")  # a published exam
 def suite(directory: Path, *more: str) -> list[tuple[str, str, str]]:
     """Name, outcome and why of every case, from a process of its own. Raises RuntimeError where the suite itself fails."""
     write(directory / "models")
-    with serve(directory / "models", *FLAGS) as served:
-        command = [sys.executable, "-m", "tests.conformance", "--url", f"127.0.0.1:{served.port}", "--json", *more]
+    with serve(directory / "models", *FLAGS) as served, web(f"127.0.0.1:{served.port}") as face:
+        asked = ["--url", f"127.0.0.1:{served.port}", "--http", f"127.0.0.1:{face.port}"]
+        command = [sys.executable, "-m", "tests.conformance", *asked, "--json", *more]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout:
         raise RuntimeError(done.stderr[-3000:])

@@ -55,11 +55,16 @@ _SAID = {"b": "true and false", "i": "whole numbers", "u": "whole numbers", "f":
 
 
 def _flat(data: Sequence[Any]) -> Iterator[Any]:
-    for value in data:
-        if isinstance(value, list):
-            yield from _flat(value)
-        else:
+    """What is in nested lists, in order; however deeply nested."""
+    levels = [iter(data)]
+    while levels:
+        for value in levels[-1]:
+            if isinstance(value, list):
+                levels.append(iter(value))
+                break
             yield value
+        else:
+            levels.pop()
 
 
 def _texts(name: str, shape: Sequence[int], count: int, texts: list[Any]) -> bytes:

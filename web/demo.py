@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 START = 60.0  # seconds that a server may take until it serves
 PAUSE = 1.5  # seconds before one that died is started again: long enough to see
 STOP = 15.0  # seconds that it may take to drain
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 class Failed(Exception):
@@ -115,7 +116,7 @@ async def run(argv: Sequence[str] | None = None) -> int:
         await supervised.start()
         config = Config.parse([*rest, "--target", f"127.0.0.1:{supervised.port}"])
         made = app(config)
-        if config.hosts:  # it listens on this machine only
+        if config.host in THIS_MACHINE:
             made.state.kill = supervised.kill
         server = Server(made, config)
         heard = listening(config)

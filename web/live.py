@@ -18,7 +18,7 @@ import math
 import re
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -44,6 +44,7 @@ UNREAD_BYTES = 8 << 20
 SESSIONS = 96  # that a page may have begun and not closed
 KNOWN = 8192  # sessions that this process remembers between messages, of all pages
 REPLIES = 256  # of one session that are kept for a page which has not said that it has them
+AGAIN = 0.1  # seconds between tries, while the server is away
 SEND_S = 30.0  # seconds that one message may take to be sent
 
 Id = Annotated[int, Meta(ge=0, le=2**53)]
@@ -52,6 +53,7 @@ Turn = Annotated[int, Meta(ge=1, le=2**53)]
 Text = Annotated[str, Meta(max_length=20_000)]
 Line = Annotated[str, Meta(min_length=1, max_length=32)]
 Row = list[float]
+R = TypeVar("R")
 
 
 class Open(msgspec.Struct, tag_field="do", tag="open", forbid_unknown_fields=True):
@@ -225,6 +227,7 @@ class _Page:
         self._apart: dict[int, asyncio.Task[None]] = {}
         self._sessions: set[str] = set()
         self._watch: int | None = None
+        self._last = False  # nothing more is read; what is to be told yet is told
 
     async def run(self) -> None:
         live = self._live
@@ -232,8 +235,14 @@ class _Page:
         live.status.join(self._send)
         reading = asyncio.create_task(self._read())
         writing = asyncio.create_task(self._write())
+        code = 1008
         try:
             await asyncio.wait([reading, writing], return_when=asyncio.FIRST_COMPLETED)
+            if reading.done() and reading.exception() is None:  # it was sent too much at once: it is told so
+                code = 1009
+                self._last = True
+                self._more.set()
+                await writing
         finally:
             live.status.leave(self._send)
             live.feed.leave(self._see)
@@ -245,7 +254,7 @@ class _Page:
                     log.error("a page's connection failed", exc_info=result)
             if self._socket.application_state is WebSocketState.CONNECTED and self._socket.client_state is WebSocketState.CONNECTED:
                 with contextlib.suppress(Exception):  # it may have gone
-                    await asyncio.wait_for(self._socket.close(1008), 1.0)
+                    await asyncio.wait_for(self._socket.close(code), 1.0)
 
     # In
 
@@ -333,7 +342,7 @@ class _Page:
         if not live.knows(asked.session):
             session = live.client.session(asked.model, id=PREFIX + asked.session, ttl=TTL, close=False, timeout=WAIT)
             try:
-                await session.open()
+                await _insist(session.open)
                 live.remember(asked.session, session)
             except errors.SessionConflict as e:  # it was made before, and the page did not hear of it
                 if e.reason != "SESSION_EXISTS":
@@ -347,7 +356,7 @@ class _Page:
             known = live.known(asked.session, 0) if live.knows(asked.session) else None
             source = known.session if known is not None else live.client.resume(PREFIX + asked.session, close=False, timeout=WAIT)
             try:
-                fork = await source.fork(PREFIX + asked.fork, close=False, timeout=WAIT)
+                fork = await _insist(lambda: source.fork(PREFIX + asked.fork, close=False, timeout=WAIT))
                 live.remember(asked.fork, fork)
             except errors.SessionConflict as e:
                 if e.reason != "SESSION_EXISTS":
@@ -367,8 +376,8 @@ class _Page:
             self._live.drop(id)
             try:
                 if known is None:
-                    await session.open()
-                await session.close()
+                    await _insist(session.open)
+                await _insist(session.close)
             except (errors.SessionGone, errors.SessionNotFound):
                 pass
         return True
@@ -438,11 +447,11 @@ class _Page:
         raise errors.bad_reply("a text without an end")
 
     async def _tag(self, asked: Tag) -> Any:
-        tagging = await self._live.client.tag(asked.text, timeout=WAIT)
+        tagging = await _insist(lambda: self._live.client.tag(asked.text, timeout=WAIT))
         return {"spans": tagging.spans, "words": tagging.words}
 
     async def _models(self, _: Models) -> Any:
-        models = await self._live.client.models(timeout=WAIT)
+        models = await _insist(lambda: self._live.client.models(timeout=WAIT))
         return [{"name": m.name, "version": m.version, "kind": m.kind, "facts": m.facts} for m in models if m.ready]
 
     async def _kill(self, _: Kill) -> Any:
@@ -466,8 +475,8 @@ class _Page:
         self._more.set()
 
     async def _write(self) -> None:
-        """Ends where the page reads too slowly, or has gone."""
-        while True:
+        """Ends where the page reads too slowly, has gone, or was told the last."""
+        while not self._last or self._out:
             await self._more.wait()
             self._more.clear()
             while self._out or self._picture is not None:
@@ -487,6 +496,18 @@ _DO: Mapping[type, Callable[[_Page, Any], Awaitable[Any]]] = {
     Open: _Page._open, Turns: _Page._turns, Fork: _Page._fork, Close: _Page._close, Translate: _Page._translate,
     Generate: _Page._generate, Tag: _Page._tag, Models: _Page._models, Kill: _Page._kill,
 }  # fmt: skip
+
+
+async def _insist(call: Callable[[], Awaitable[R]]) -> R:
+    """What changes nothing when it is done twice, until there is a server to do it."""
+    until = asyncio.get_running_loop().time() + WAIT
+    while True:
+        try:
+            return await call()
+        except errors.Unavailable as e:
+            if asyncio.get_running_loop().time() > until:
+                raise
+            await asyncio.sleep(max(AGAIN, e.retry_after or 0.0))
 
 
 def _pieces(asked: Turns) -> list[tuple[Any, Any]]:

@@ -59,17 +59,18 @@ function say(text, back) {
 // Stories
 
 async function show() {
-  const name = location.hash.slice(1) in NEEDS ? location.hash.slice(1) : "sentiment";
+  const asked = location.hash.replace(/^#\/?/, "");
+  const name = Object.hasOwn(NEEDS, asked) ? asked : "sentiment";
   if (name === shown) return;
   const before = shown;
   shown = name;
-  for (const section of document.querySelectorAll(".story")) section.hidden = section.id !== name;
+  for (const section of document.querySelectorAll(".story")) section.hidden = section.id !== `story-${name}`;
   for (const link of document.querySelectorAll(".tabs a")) {
-    if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
+    if (link.hash === `#/${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  $(`.tabs a[href="#${name}"]`).scrollIntoView({ block: "nearest", inline: "nearest" });
-  document.title = `${$(`#${name} h1`).textContent} – seqserve, live`;
+  $(`.tabs a[href="#/${name}"]`).scrollIntoView({ block: "nearest", inline: "nearest" });
+  document.title = `${$(`#story-${name} h1`).textContent} – seqserve, live`;
   if (before) {
     stories.get(before)?.hide?.();
     scrollTo(0, 0);
@@ -81,12 +82,13 @@ async function show() {
     const models = await offered;
     const model = NEEDS[name] && models.find((m) => (NEEDS[name] === "digits" ? m.name === "digits" : m.kind === NEEDS[name]));
     if (NEEDS[name] && !model) {
-      $(`#${name} .lead p`).textContent = "This server serves no model for this story.";
-      for (const part of document.querySelectorAll(`#${name} > :not(.lead)`)) part.hidden = true;
+      $(`#story-${name} .lead p`).textContent = "This server serves no model for this story.";
+      for (const part of document.querySelectorAll(`#story-${name} > :not(.lead)`)) part.hidden = true;
       return;
     }
     await story.start(model);
     document.documentElement.dataset.ready = name;
+    performance.mark(`ready-${name}`);
   }
   if (shown === name) stories.get(name).show?.();
 }

@@ -19,7 +19,12 @@ function filled(element, props, children) {
 export const h = (tag, props, ...children) => filled(document.createElement(tag), props, children);
 export const s = (tag, props, ...children) => filled(document.createElementNS(SVG, tag), props, children);
 
-export const percent = (p, digits = 1) => `${(p * 100).toFixed(digits)} %`;
+/** Only what is certain is 100 %. */
+export function percent(p, digits = 1) {
+  const text = (p * 100).toFixed(digits);
+  return `${p < 1 && Number(text) === 100 ? (100 - 10 ** -digits).toFixed(digits) : text} %`;
+}
+
 export const milliseconds = (seconds) => (seconds < 0.00995 ? `${(seconds * 1e3).toFixed(1)} ms` : seconds < 1 ? `${Math.round(seconds * 1e3)} ms` : `${seconds.toFixed(2)} s`);
 
 /** What a screen reader is told, once nothing has changed for a moment. */

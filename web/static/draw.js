@@ -36,7 +36,7 @@ export async function start(offered) {
   });
   for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => (last = null));
   addEventListener("keydown", (event) => {
-    if ($("#draw").hidden || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select")) return;
+    if ($("#story-draw").hidden || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select")) return;
     if (/^[0-9]$/.test(event.key)) digit(event.key);
   });
   $("#d-clear").addEventListener("click", clear);
@@ -109,7 +109,7 @@ function seen() {
   small.fillStyle = "#fff";
   small.fillRect(0, 0, SIDE, SIDE);
   small.imageSmoothingQuality = "high";
-  const x = Math.min(26, Math.max(2, 14)) - (cx / mass) * scale, y = 14 - (cy / mass) * scale;
+  const x = 14 - (cx / mass) * scale, y = 14 - (cy / mass) * scale;
   small.drawImage(canvas, x, y, width * scale, height * scale);
   const read = small.getImageData(0, 0, SIDE, SIDE).data;
   return [...Array(SIDE).keys()].map((r) => [...Array(SIDE).keys()].map((c) => 255 - read[(r * SIDE + c) * 4]));

@@ -162,10 +162,10 @@ function paint() {
     const end = x(round.began + round.seconds);
     if (end < left || start > width) continue;
     const i = names.indexOf(round.model);
-    const tall = Math.min(1, Math.log2(1 + round.rows) / 6) * (lane - 8);
+    const tall = Math.min(1, 0.28 + (0.72 * Math.log2(round.rows)) / 6) * (lane - 10);
     const from = Math.max(left, start), wide = Math.max(2.5, end - start);
     const base = (i + 1) * lane - 2;
-    pen.fillStyle = `hsl(${(i * 47 + 185) % 360} ${ink.dark ? "48% 58%" : "48% 42%"} / .85)`;
+    pen.fillStyle = `hsl(${(i * 137.5 + 60) % 360} ${ink.dark ? "45% 62%" : "50% 42%"} / .9)`;
     pen.fillRect(from, base - tall, wide, tall);
     if (round.parts.some(([tag]) => tag && isMine(tag))) {
       pen.fillStyle = ink.ink;
@@ -187,12 +187,34 @@ async function sing() {
   $("#i-chorus").textContent = "Stop them";
   $("#i-chorus").setAttribute("aria-pressed", "true");
   for (let i = 0; i < CHORUS; i++) voice(mine, i);
+  besides(mine);
+}
+
+/** Calls of other kinds, so that the lanes are not all but one empty. Nothing is counted of them. */
+async function besides(mine) {
+  const offered = new Map((await ask({ do: "models" }).catch(() => [])).map((m) => [m.kind === "tensors" ? m.name : m.kind, m.name]));
+  const often = async (kind, pause, call) => {
+    while (offered.has(kind) && chorus === mine) {
+      await call().catch(() => {});
+      await sleep(pause * (0.6 + Math.random() * 0.8));
+    }
+  };
+  const text = "Two dogs play in the snow near a frozen lake.";
+  often("translate", 1500, () => ask({ do: "translate", text, beam: 4 }, undefined, false));
+  often("generate", 2500, () => ask({ do: "generate", text: "ROMEO:", symbols: 60 }, undefined, false));
+  often("tag", 900, () => ask({ do: "tag", text }));
+  often("digits", 1100, async () => {
+    const session = new Session(offered.get("digits"), "voices", "A digit");
+    session.open().catch(() => {});
+    const rows = Array.from({ length: 28 }, (_, r) => Array.from({ length: 28 }, (_, c) => (Math.hypot(r - 14, c - 14) < 8 && Math.hypot(r - 14, c - 14) > 5 ? 255 : 0)));
+    await session.turns({ rows }, () => {}).finally(() => session.close());
+  });
 }
 
 async function voice(mine, i) {
   await sleep(i * 60);
   while (chorus === mine) {
-    const session = new Session("sentiment", `voice-${i}`, `Voice ${i + 1}`);
+    const session = new Session("sentiment", `voice-${i % 6}`, `Voice ${i + 1}`);
     mine[i] = session;
     session.open().catch(() => {});
     const heard = new Set();

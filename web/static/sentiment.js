@@ -232,7 +232,7 @@ function ribbon() {
 }
 
 function chart() {
-  const H = 200, left = 40, right = 12, top = 10, bottom = 26;
+  const H = 200, left = 48, right = 12, top = 10, bottom = 26;
   const longest = Math.max(12, words.length + 1, ...ghosts.map((ghost) => ghost.from + ghost.ps.length));
   const x = (i) => left + ((width - left - right) * i) / longest;
   const y = (p) => top + (1 - p) * (H - top - bottom);

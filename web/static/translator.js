@@ -147,7 +147,7 @@ function moved(event) {
 
 function light(r = -1, c = -1) {
   const body = $("#t-map tbody");
-  for (const lit of document.querySelectorAll("#translator .lit")) lit.classList.remove("lit");
+  for (const lit of document.querySelectorAll("#story-translator .lit")) lit.classList.remove("lit");
   if (r < 0 || !tokens[r]) {
     $("#t-readout").textContent = "\u00a0";
     return;

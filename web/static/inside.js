@@ -7,6 +7,7 @@ import { ask, on, sleep, told, watch } from "./wire.js";
 const SPAN = 10; // seconds shown
 const LISTED = 40; // rounds in the table
 const CHORUS = 12;
+const BEAT = 120; // milliseconds between words of the chorus
 const REVIEW = "The first hour is slow and I nearly left , but then it becomes wonderful , moving and brilliantly acted , a film to remember .".split(" ");
 
 let stop = null;
@@ -165,7 +166,7 @@ function paint() {
     const tall = Math.min(1, 0.28 + (0.72 * Math.log2(round.rows)) / 6) * (lane - 10);
     const from = Math.max(left, start), wide = Math.max(2.5, end - start);
     const base = (i + 1) * lane - 2;
-    pen.fillStyle = `hsl(${(i * 137.5 + 60) % 360} ${ink.dark ? "45% 62%" : "50% 42%"} / .9)`;
+    pen.fillStyle = `hsl(${(i * 137.5 + 275) % 360} ${ink.dark ? "45% 62%" : "50% 42%"} / .9)`;
     pen.fillRect(from, base - tall, wide, tall);
     if (round.parts.some(([tag]) => tag && isMine(tag))) {
       pen.fillStyle = ink.ink;
@@ -230,7 +231,7 @@ async function voice(mine, i) {
           if (expected[turn] !== p) score.differing++;
         });
         scored();
-        await sleep(70 + Math.random() * 90);
+        await sleep(BEAT - (performance.now() % BEAT) + Math.random() * 25); // nearly together, as people are who sing
       }
     } catch (error) {
       $("#i-score").textContent = `A session ended: ${error.message}`;
@@ -242,14 +243,14 @@ async function voice(mine, i) {
 
 let scoredAt = 0;
 function scored() {
-  if (performance.now() - scoredAt < 400) return;
+  if (chorus && performance.now() - scoredAt < 400) return;
   scoredAt = performance.now();
-  $("#i-score").textContent = `${score.got} turns answered, ${score.twice} twice, ${score.differing} differing.`;
+  $("#i-score").textContent = `${score.got} ${chorus ? "" : `of ${score.sent} `}turns answered, ${score.twice} twice, ${score.differing} differing.`;
 }
 
 function silence() {
   chorus = null;
   $("#i-chorus").textContent = "Play twelve sessions";
   $("#i-chorus").setAttribute("aria-pressed", "false");
-  $("#i-score").textContent = `${score.got} of ${score.sent} turns answered, ${score.twice} twice, ${score.differing} differing.`;
+  scored();
 }

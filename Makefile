@@ -9,10 +9,13 @@ ENGINE ?= docker
 TARGET ?= server
 RUN ?=
 
-.PHONY: turn-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
+.PHONY: turn-cost serve web web-test demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
+
+web: setup              ## a server with the ready models and its page on http://localhost:8000; RUN="--port 9000"
+	$(BIN)/python -m web.demo $(RUN)
 
 demo: setup             ## start a server, ask it real questions, stop it
 	$(BIN)/seqserve demo
@@ -74,6 +77,10 @@ overload: setup-dev     ## three times what can be answered: what is kept, how s
 image:                  ## the server's image, seqserve:0.1.0; TARGET=gpu or load, ENGINE=podman, RUN="--build-arg BASE=…"
 	$(ENGINE) build --target $(TARGET) --tag seqserve:0.1.0$(if $(filter-out server,$(TARGET)),-$(TARGET)) $(RUN) .
 
+web-test: setup-dev     ## a real browser does each of the page's stories, the server killed amid them; needs Chromium; RUN="--only sentiment"
+	$(PIP) --editable '.[webtest]'
+	$(BIN)/python -m tests.figures.web_test $(RUN)
+
 compose-test: setup-dev ## three replicas in containers, killed and drained under live sessions; RUN="--base IMAGE" or --processes
 	$(BIN)/python -m tests.figures.compose_test $(RUN)
 
@@ -88,11 +95,11 @@ setup-dev: .venv/.dev
 	$(PYTHON) -m venv .venv
 
 .venv/.serve: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[cpu]'
+	$(PIP) --editable '.[cpu,web]'
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[cpu,redis,otel,train,loadtest,dev]'
+	$(PIP) --editable '.[cpu,web,redis,otel,train,loadtest,dev]'
 	touch $@ .venv/.serve
 
 clean:

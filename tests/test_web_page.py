@@ -158,6 +158,7 @@ def test_files(address: str) -> None:
         with pytest.raises(HTTPError) as caught:
             get(address, path, **{"if-none-match": tag})
         assert caught.value.code == 304
+        caught.value.close()
 
 
 def test_nothing_from_elsewhere() -> None:

@@ -39,7 +39,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=["auto", "public"])
 def app(request: pytest.FixtureRequest, library: Path) -> Iterator[App]:
     made = App(Config(models=library, port=0, metrics_port=-1, workers=2, front=request.param))
     made.start()

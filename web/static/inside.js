@@ -239,6 +239,7 @@ async function voice(mine, i) {
     }
     session.close();
   }
+  scored();
 }
 
 let scoredAt = 0;

@@ -74,7 +74,7 @@ soak: setup-dev         ## ill-behaved callers beside well-behaved ones for MINU
 overload: setup-dev     ## three times what can be answered: what is kept, how soon the rest is refused, how soon it is over
 	$(BIN)/python -m tests.figures.overload --data $(DATA) $(RUN)
 
-image:                  ## the server's image, seqserve:0.1.0; TARGET=gpu or load, ENGINE=podman, RUN="--build-arg BASE=…"
+image:                  ## the server's image, seqserve:0.1.0; TARGET=gpu, load or web, ENGINE=podman, RUN="--build-arg BASE=…"
 	$(ENGINE) build --target $(TARGET) --tag seqserve:0.1.0$(if $(filter-out server,$(TARGET)),-$(TARGET)) $(RUN) .
 
 web-test: setup-dev     ## a real browser does each of the page's stories, the server killed amid them; needs Chromium; RUN="--only sentiment"

@@ -6,9 +6,6 @@ import asyncio
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -23,6 +20,7 @@ from websockets.asyncio.client import ClientConnection
 import seqserve
 from server.app import App
 from server.config import Config
+from tests import process
 from tests.process import ROOT, serve
 from web import live, page
 
@@ -32,22 +30,10 @@ TEXT = ["The", "first", "hour", "is", "slow", ",", "but", "the", "ending", "is",
 
 @contextmanager
 def web(target: str, *flags: str) -> Iterator[str]:
-    """The web process before a server; gives its address."""
-    command = [sys.executable, "-m", "web", "--target", target, "--port", "0", *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            if found := re.search(r"serving \S+ on http://(\S+)$", line.strip()):
-                yield found[1]
-                break
-        else:
-            raise AssertionError("the web process did not start")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.stderr.read()
-        assert process.wait(WAIT_S) == 0
-        process.stderr.close()
+    """The web process before a server; gives its address, and sees that it ends well."""
+    with process.web(target, *flags) as made:
+        yield f"127.0.0.1:{made.port}"
+        assert made.terminate() == 0
 
 
 @pytest.fixture(scope="module")

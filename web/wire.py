@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -188,6 +189,8 @@ class Bounded(HttpToolsProtocol):
 
     def _unread(self) -> None:
         log.info("%s: what was sent was not read within %g seconds", self.client, self.bounds.write_seconds)
+        # By a reset: else the kernel would keep what is unread, and try to deliver it, long after we have forgotten it.
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
 

@@ -50,7 +50,7 @@ def app(config: Config) -> Starlette:
             *rest.routes(),
             *tasks.routes(),
             *live.routes(),
-            *(openapi.routes(endpoints) if config.docs else []),
+            *(openapi.routes(endpoints, config.max_timeout) if config.docs else []),
             Route("/healthz", healthy, methods=["GET"]),
             *page.routes(),
         ],

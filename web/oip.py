@@ -16,20 +16,20 @@ from web.endpoint import decoded
 SHARED = "shared_memory_region"
 BINARY, BINARY_ALL, SIZE = "binary_data", "binary_data_output", "binary_data_size"  # of HTTP's form only: the server isn't told
 
-Parameters = Annotated[dict[str, Any], Meta(description="Texts, numbers, true or false.")]
+Parameter = str | int | float | bool
 
 
 class InputTensor(Struct, kw_only=True):
     name: str
     datatype: Annotated[str, Meta(description="BOOL, INT8 to INT64, UINT8 to UINT64, FP16, FP32, FP64, BYTES.")]
     shape: list[int]
-    parameters: Parameters = {}
+    parameters: dict[str, Parameter] = {}
     data: Annotated[list[Any] | None, Meta(description="Row-major, nested or flat; texts for BYTES. Left out for binary data.")] = None
 
 
 class RequestedOutput(Struct, kw_only=True):
     name: str
-    parameters: Parameters = {}
+    parameters: dict[str, Parameter] = {}
 
 
 class InferBody(Struct, kw_only=True):
@@ -39,7 +39,7 @@ class InferBody(Struct, kw_only=True):
     outputs: Annotated[list[RequestedOutput], Meta(description="Left out: all.")] = []
     id: Annotated[str, Meta(description="Given back in the answer.")] = ""
     parameters: Annotated[
-        dict[str, Any],
+        dict[str, Parameter],
         Meta(description="sequence_id, sequence_start, sequence_end, turn, priority, timeout (microseconds), binary_data_output."),
     ] = {}
 

@@ -22,7 +22,7 @@ PATH = "/openapi.json"
 BYTES = "application/octet-stream"
 REFERENCE = "#/components/schemas/{name}"
 
-ALWAYS = (401, 403, 408, 413, 421, 429, 431, 500, 502, 503, 504)
+ALWAYS = (400, 401, 403, 408, 413, 421, 429, 431, 500, 502, 503, 504)
 """What any request may be answered with: keys, origins and hosts, slow or large requests, a busy or absent server."""
 
 SAYS: Mapping[int, str] = {
@@ -47,8 +47,8 @@ SAYS: Mapping[int, str] = {
 }
 
 
-def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-    """The whole document, as JSON values."""
+def document(endpoints: Sequence[Endpoint], longest: float) -> dict[str, Any]:
+    """The whole document, as JSON values. `longest`: seconds that a caller may allow a request."""
     types: list[Any] = [ProblemBody]
     for e in endpoints:
         types += [t for t in (e.takes, e.gives, *(e.streams or {}).values()) if t is not None]
@@ -82,18 +82,19 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
             },
             "responses": {str(status): _refusal(status, known) for status in sorted({*SAYS})},
-            "parameters": {"timeout": _TIMEOUT},
+            "parameters": {"timeout": _timeout(longest)},
         },
     }
 
 
-_TIMEOUT: Mapping[str, Any] = {
-    "name": TIMEOUT,
-    "in": "header",
-    "required": False,
-    "description": "Seconds that the server may take.",
-    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 600},
-}
+def _timeout(longest: float) -> dict[str, Any]:
+    return {
+        "name": TIMEOUT,
+        "in": "header",
+        "required": False,
+        "description": "Seconds that the server may take.",
+        "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": longest},
+    }
 
 
 def _operation(e: Endpoint, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,8 +162,8 @@ def _key(kind: Any) -> str:
     return repr(kind)
 
 
-def routes(endpoints: Sequence[Endpoint]) -> list[BaseRoute]:
-    written = msgspec.json.encode(document(endpoints))
+def routes(endpoints: Sequence[Endpoint], longest: float) -> list[BaseRoute]:
+    written = msgspec.json.encode(document(endpoints, longest))
 
     async def answer(request: Request) -> Response:
         return Response(written, media_type=JSON)

@@ -21,11 +21,13 @@ from protos import inference_pb2 as pb
 from seqserve import inference, wire
 from web import endpoint, oip, problems
 from web.endpoint import CODINGS, JSON, Asked, Endpoint, decoded, written
+from web.problems import Problem
 
 HEAD = "inference-header-content-length"
 MOST_AT_ONCE = 64 << 10  # bytes: more is compressed in a thread, since callers of live sessions wait for this one
 WORTH = 256  # bytes: less is sent as it is
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 
 async def _ask(asked: Asked, method: str, request: Message, reply: type[M]) -> M:
@@ -33,23 +35,42 @@ async def _ask(asked: Asked, method: str, request: Message, reply: type[M]) -> M
     return await asked.client.call(call, timeout=asked.timeout)
 
 
+MEDIA = frozenset({JSON, "application/octet-stream", "application/x-www-form-urlencoded"})
+"""What bodies may say they are. The last is what curl says of any `-d`, in the protocol's own examples."""
+
+
+def _check_media(asked: Asked) -> None:
+    media = asked.headers.get("content-type", JSON).split(";")[0].strip().lower()
+    if media not in MEDIA:
+        raise Problem(415, "NOT_JSON", f"the body is {media[:80]!r}: send {JSON}", headers={"accept-post": JSON})
+
+
+def _json(asked: Asked, kind: type[T]) -> T:
+    """A body that may be left out where its type needs nothing."""
+    _check_media(asked)
+    return decoded(asked.body or b"{}", kind)
+
+
 # Health and metadata
 
 
 async def live(asked: Asked) -> Response:
-    alive = await asked.client.live(timeout=asked.timeout)
-    return written({"live": alive}, 200 if alive else 503)
+    if not await asked.client.live(timeout=asked.timeout):
+        raise Problem(503, "NOT_LIVE", "no server answers behind this face", retry_after=problems.BUSY)
+    return written({"live": True})
 
 
 async def ready(asked: Asked) -> Response:
-    is_ready = await asked.client.ready(timeout=asked.timeout)
-    return written({"ready": is_ready}, 200 if is_ready else 503)
+    if not await asked.client.ready(timeout=asked.timeout):
+        raise Problem(503, "NOT_READY", "the server is not there, or does not serve all its models yet", retry_after=problems.BUSY)
+    return written({"ready": True})
 
 
 async def model_ready(asked: Asked) -> Response:
     name = asked.named("model")
-    is_ready = await asked.client.model_ready(name, asked.named("version"), timeout=asked.timeout)
-    return written({"name": name, "ready": is_ready}, 200 if is_ready else 404)  # by the protocol, 4xx is false
+    if not await asked.client.model_ready(name, asked.named("version"), timeout=asked.timeout):
+        raise Problem(404, "NOT_READY", f"model {name!r} can't be called now, or is none")  # by the protocol, 4xx is false
+    return written({"name": name, "ready": True})
 
 
 async def server_metadata(asked: Asked) -> Response:
@@ -77,6 +98,7 @@ async def statistics(asked: Asked) -> Response:
 
 
 async def infer(asked: Asked) -> Response:
+    _check_media(asked)
     head = _head(asked)
     given = oip.Inference(wire.string("model", asked.named("model")), asked.named("version"), asked.body, head)
     reply = await _ask(asked, "ModelInfer", given.message, pb.ModelInferResponse)
@@ -122,18 +144,18 @@ class IndexBody(Struct):
 
 
 class RepositoryBody(Struct):
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, oip.Parameter] = {}
 
 
 async def index(asked: Asked) -> Response:
-    body = decoded(asked.body or b"{}", IndexBody)
+    body = _json(asked, IndexBody)
     request = pb.RepositoryIndexRequest(repository_name=asked.named("repository"), ready=body.ready)
     reply = await _ask(asked, "RepositoryIndex", request, pb.RepositoryIndexResponse)
     return written([oip.plain(m) for m in reply.models])
 
 
 async def load(asked: Asked) -> Response:
-    body = decoded(asked.body or b"{}", RepositoryBody)
+    body = _json(asked, RepositoryBody)
     request = pb.RepositoryModelLoadRequest(repository_name=asked.named("repository"), model_name=asked.named("model"))
     for name, value in body.parameters.items():
         oip.set_parameter(name, value, request.parameters[name])
@@ -142,7 +164,7 @@ async def load(asked: Asked) -> Response:
 
 
 async def unload(asked: Asked) -> Response:
-    body = decoded(asked.body or b"{}", RepositoryBody)
+    body = _json(asked, RepositoryBody)
     request = pb.RepositoryModelUnloadRequest(repository_name=asked.named("repository"), model_name=asked.named("model"))
     for name, value in body.parameters.items():
         oip.set_parameter(name, value, request.parameters[name])
@@ -152,38 +174,33 @@ async def unload(asked: Asked) -> Response:
 
 # Settings
 
+LogSettings = dict[str, bool | Annotated[int, Meta(ge=0, le=2**32 - 1)] | str]
+TraceSettings = dict[str, str | list[str] | None]
+
 
 async def logging(asked: Asked) -> Response:
     request = pb.LogSettingsRequest()
-    for name, value in _given(asked).items():
+    given = _json(asked, LogSettings) if asked.body else {}
+    for name, value in given.items():
         setting = request.settings[name]
         match value:
             case bool():
                 setting.bool_param = value
-            case int() if 0 <= value < 2**32:
+            case int():
                 setting.uint32_param = value
             case str():
                 setting.string_param = value
-            case _:
-                raise problems.bad("BAD_BODY", f"setting {name!r} must be true, false, a whole number or a text")
     reply = await _ask(asked, "LogSettings", request, pb.LogSettingsResponse)
     return written({name: getattr(s, s.WhichOneof("parameter_choice") or "string_param") for name, s in sorted(reply.settings.items())})
 
 
 async def tracing(asked: Asked) -> Response:
     request = pb.TraceSettingRequest(model_name=asked.named("model"))
-    for name, value in _given(asked).items():
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(v, str) for v in values):
-            raise problems.bad("BAD_BODY", f"setting {name!r} must be a text, a list of texts or null")
-        request.settings[name].value.extend(values)
+    given = _json(asked, TraceSettings) if asked.body else {}
+    for name, value in given.items():
+        request.settings[name].value.extend([] if value is None else [value] if isinstance(value, str) else value)
     reply = await _ask(asked, "TraceSetting", request, pb.TraceSettingResponse)
     return written({name: list(s.value) for name, s in sorted(reply.settings.items())})
-
-
-def _given(asked: Asked) -> dict[str, Any]:
-    """The settings that a POST brings, none for a GET."""
-    return decoded(asked.body, dict[str, Any]) if asked.body else {}
 
 
 # Shared memory
@@ -211,7 +228,7 @@ async def system_status(asked: Asked) -> Response:
 
 
 async def system_register(asked: Asked) -> Response:
-    given = decoded(asked.body, SystemRegion)
+    given = _json(asked, SystemRegion)
     request = pb.SystemSharedMemoryRegisterRequest(name=asked.named("region"), key=given.key)
     request.byte_size, request.offset = _sized("byte_size", given.byte_size), _sized("offset", given.offset)
     await _ask(asked, "SystemSharedMemoryRegister", request, pb.SystemSharedMemoryRegisterResponse)
@@ -219,6 +236,7 @@ async def system_register(asked: Asked) -> Response:
 
 
 async def system_unregister(asked: Asked) -> Response:
+    _check_media(asked)
     request = pb.SystemSharedMemoryUnregisterRequest(name=asked.named("region"))
     await _ask(asked, "SystemSharedMemoryUnregister", request, pb.SystemSharedMemoryUnregisterResponse)
     return written({})
@@ -230,7 +248,7 @@ async def cuda_status(asked: Asked) -> Response:
 
 
 async def cuda_register(asked: Asked) -> Response:
-    given = decoded(asked.body, CudaRegion)
+    given = _json(asked, CudaRegion)
     try:
         handle = base64.b64decode(given.raw_handle.b64, validate=True)
     except (binascii.Error, ValueError):
@@ -242,6 +260,7 @@ async def cuda_register(asked: Asked) -> Response:
 
 
 async def cuda_unregister(asked: Asked) -> Response:
+    _check_media(asked)
     request = pb.CudaSharedMemoryUnregisterRequest(name=asked.named("region"))
     await _ask(asked, "CudaSharedMemoryUnregister", request, pb.CudaSharedMemoryUnregisterResponse)
     return written({})
@@ -324,17 +343,17 @@ def _endpoints() -> list[Endpoint]:
         _post("/v2/repository/index", index, "Every version of every model on disk", list[Indexed], IndexBody),
         _post("/v2/repository/{repository}/index", index, "The same of a named repository: there is none", list[Indexed], IndexBody),
         _get("/v2/logging", logging, "What the server logs", Settings),
-        _post("/v2/logging", logging, "Change what the server logs", Settings, Settings, (400, 501)),
+        _post("/v2/logging", logging, "Change what the server logs", Settings, LogSettings, (400, 501)),
         _get("/v2/trace/setting", tracing, "What the server traces: nothing", Settings),
-        _post("/v2/trace/setting", tracing, "Nothing can be traced", Settings, Settings, (400, 501)),
+        _post("/v2/trace/setting", tracing, "Nothing can be traced", Settings, TraceSettings, (400, 501)),
         _get("/v2/models/{model}/trace/setting", tracing, "What is traced of a model: nothing", Settings),
-        _post("/v2/models/{model}/trace/setting", tracing, "Nothing can be traced", Settings, Settings, (400, 501)),
+        _post("/v2/models/{model}/trace/setting", tracing, "Nothing can be traced", Settings, TraceSettings, (400, 501)),
     ]
     for path in _MODEL:
         version = "" if path == _MODEL[0] else ", one version"
         listed += [
             _get(path, model_metadata, f"The tensors of a model{version}", ModelMetadata, (404,)),
-            _get(f"{path}/ready", model_ready, f"Whether a model can be called{version}", ModelReady),
+            _get(f"{path}/ready", model_ready, f"Whether a model can be called{version}", ModelReady, (404,)),
             _get(f"{path}/config", model_config, f"How a model is called and batched{version}", Settings, (404,)),
             _get(f"{path}/stats", statistics, f"What was counted of a model{version}", Settings, (404,)),
             Endpoint(

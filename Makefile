@@ -9,7 +9,7 @@ ENGINE ?= docker
 TARGET ?= server
 RUN ?=
 
-.PHONY: turn-cost serve web web-test demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
+.PHONY: turn-cost serve web web-test web-schema kserve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions conformance load soak overload image compose-test protos setup setup-dev clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -81,6 +81,13 @@ web-test: setup-dev     ## a real browser does each of the page's stories, the s
 	$(PIP) --editable '.[webtest]'
 	$(BIN)/python -m tests.figures.web_test $(RUN)
 
+web-schema: setup-dev   ## requests made from the OpenAPI document, good and bad: every answer is one that it has; RUN="--examples 100"
+	$(BIN)/python -m tests.figures.web_schema $(RUN)
+
+kserve: setup-dev       ## KServe's own REST client, in an environment of its own, against the HTTP face
+	test -x .venv-kserve/bin/python || ($(BIN)/python -m venv .venv-kserve && .venv-kserve/bin/python -m pip install --quiet 'kserve>=0.21')
+	$(BIN)/python -m tests.conformance.ours --kserve .venv-kserve/bin/python
+
 compose-test: setup-dev ## three replicas in containers, killed and drained under live sessions; RUN="--base IMAGE" or --processes
 	$(BIN)/python -m tests.figures.compose_test $(RUN)
 
@@ -103,4 +110,4 @@ setup-dev: .venv/.dev
 	touch $@ .venv/.serve
 
 clean:
-	rm -rf .venv .venv-audit .venv-bench .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-audit .venv-bench .venv-kserve .mypy_cache .ruff_cache .pytest_cache .hypothesis

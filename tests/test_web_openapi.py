@@ -69,7 +69,7 @@ def test_it_is_served(face: Web) -> None:
 
 def test_requests_made_from_it() -> None:
     """Good and bad requests of every operation: each answer is one that the document has, and none is the face's own fault."""
-    outcome = web_schema.run(1, "fuzzing", 1)
+    outcome = web_schema.run(3, "fuzzing", 1)
     assert outcome.code == 0, outcome.said
     assert outcome.faults == ""
     assert outcome.requests > 100

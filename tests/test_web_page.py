@@ -23,6 +23,9 @@ from server.config import Config
 from tests import process
 from tests.process import ROOT, serve
 from web import live, page
+from web.app import app as web_app
+from web.config import Config as WebConfig
+from web.wire import Server, listening
 
 WAIT_S = 60
 TEXT = ["The", "first", "hour", "is", "slow", ",", "but", "the", "ending", "is", "wonderful", "."]
@@ -467,3 +470,30 @@ def test_keys(tmp_path: Path) -> None:
             assert "operators" in told["why"]
 
         run(address, story)
+
+
+def test_who_does_not_read_is_cut_off(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that asks and does not read is let go once too much waits for it; what it has in memory then is bounded."""
+    monkeypatch.setattr(live, "UNREAD_BYTES", 200_000)
+    loop = asyncio.new_event_loop()
+    server = Server(web_app(WebConfig(target=f"127.0.0.1:{app.port}", port=0)), WebConfig(port=0))
+
+    async def story() -> None:
+        heard = listening(WebConfig(port=0))
+        serving = asyncio.create_task(server.serve([heard]))
+        address = f"127.0.0.1:{heard.getsockname()[1]}"
+        async with opened(address) as neighbour:
+            await neighbour.ask(do="models")
+            socket = await websockets.connect(f"ws://{address}/live", max_queue=1)
+            ask = json.dumps({"do": "models", "id": 1})
+            with pytest.raises(websockets.ConnectionClosed):
+                async with asyncio.timeout(WAIT_S):
+                    while True:
+                        await socket.send(ask)
+            assert (await neighbour.ask(do="models"))[1]
+        server.should_exit = True
+        await serving
+        heard.close()
+
+    loop.run_until_complete(story())
+    loop.close()

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 LOOK = 0.25  # seconds between looks at whether the server is there, while any page is open
 INTERVAL = 0.2  # between pictures
-ROUNDS = 300  # of a picture
+ROUNDS = 120  # of a picture: more in a fifth of a second can't be told apart
+PARTS = 16  # of a round that are shown
 AGAIN = 0.5  # seconds after which a feed that broke is asked for again
 LASTS = 3600.0  # seconds after which a feed is asked for anew
 _SECRET = secrets.token_bytes(16)
@@ -116,7 +117,7 @@ def shown(picture: Picture) -> bytes:
         round["seconds"] = round_to(round["seconds"])
         round["parts"] = [
             [tag(part["session"]) if part["session"] else "", part["turn"], part["turns"], part["rows"], part["sequence"]]
-            for part in round["parts"]
+            for part in round["parts"][:PARTS]
         ]
     return msgspec.json.encode({"picture": plain})
 

@@ -99,6 +99,7 @@ class _Page:
         self._apart: dict[int, asyncio.Task[None]] = {}
         self._sessions: set[str] = set()
         self._watch: int | None = None
+        self._full: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # done: it leaves too much unread
         self._last = False  # nothing more is read; what is to be told yet is told
 
     async def run(self) -> None:
@@ -109,7 +110,7 @@ class _Page:
         writing = asyncio.create_task(self._write())
         code = 1008
         try:
-            await asyncio.wait([reading, writing], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([reading, writing, self._full], return_when=asyncio.FIRST_COMPLETED)
             if reading.done() and reading.exception() is None:  # it was sent too much at once: it is told so
                 code = 1009
                 self._last = True
@@ -331,20 +332,20 @@ class _Page:
         self._out.append(message)
         self._unread += len(message)
         self._more.set()
+        if (len(self._out) > UNREAD or self._unread > UNREAD_BYTES) and not self._full.done():
+            log.info("a page left %d messages unread", len(self._out))
+            self._full.set_result(None)
 
     def _see(self, picture: bytes) -> None:
         self._picture = picture
         self._more.set()
 
     async def _write(self) -> None:
-        """Ends where the page reads too slowly, has gone, or was told the last."""
+        """Ends where the page has gone, takes too long to read one message, or was told the last."""
         while not self._last or self._out:
             await self._more.wait()
             self._more.clear()
             while self._out or self._picture is not None:
-                if len(self._out) > UNREAD or self._unread > UNREAD_BYTES:
-                    log.info("a page left %d messages unread", len(self._out))
-                    return
                 if self._out:
                     message = self._out.popleft()
                     self._unread -= len(message)

@@ -30,11 +30,13 @@ export async function start() {
   $("#i-kill").addEventListener("click", () => ask({ do: "kill" }).catch(() => {}));
   $("#i-chorus").addEventListener("click", () => (chorus ? silence() : sing()));
   document.addEventListener("themed", colors);
+  document.addEventListener("visibilitychange", () => !$("#story-inside").hidden && (document.hidden ? hide() : show())); // nobody looks
   colors();
 }
 
 export function show() {
   stop ??= watch(pictured);
+  cancelAnimationFrame(frame);
   frame = requestAnimationFrame(animate);
 }
 

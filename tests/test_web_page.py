@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -473,27 +474,35 @@ def test_keys(tmp_path: Path) -> None:
 
 
 def test_who_does_not_read_is_cut_off(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page that asks and does not read is let go once too much waits for it; what it has in memory then is bounded."""
+    """A page that asks and does not read is let go once too much waits for it, and what waits with it; others notice nothing."""
     monkeypatch.setattr(live, "UNREAD_BYTES", 200_000)
-    loop = asyncio.new_event_loop()
-    server = Server(web_app(WebConfig(target=f"127.0.0.1:{app.port}", port=0)), WebConfig(port=0))
+    config = WebConfig(target=f"127.0.0.1:{app.port}", port=0, drain_seconds=1)
+
+    async def ask_on(deaf: ClientConnection) -> None:
+        while True:
+            await deaf.send('{"do": "models", "id": 1}')
 
     async def story() -> None:
-        heard = listening(WebConfig(port=0))
-        serving = asyncio.create_task(server.serve([heard]))
-        address = f"127.0.0.1:{heard.getsockname()[1]}"
-        async with opened(address) as neighbour:
-            await neighbour.ask(do="models")
-            socket = await websockets.connect(f"ws://{address}/live", max_queue=1)
-            ask = json.dumps({"do": "models", "id": 1})
-            with pytest.raises(websockets.ConnectionClosed):
+        made = web_app(config)
+        server = Server(made, config)
+        with listening(config) as heard, socket.socket() as small:
+            heard.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)  # or the system would keep some megabytes for it
+            small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 10)
+            serving = asyncio.create_task(server.serve([heard]))
+            while not server.started:
+                await asyncio.sleep(0.01)
+            async with opened(f"127.0.0.1:{server.port}") as neighbour:
+                small.connect(("127.0.0.1", server.port))
+                deaf = await websockets.connect(f"ws://127.0.0.1:{server.port}/live", sock=small, max_queue=1, ping_interval=None)
+                asking = asyncio.create_task(ask_on(deaf))
                 async with asyncio.timeout(WAIT_S):
-                    while True:
-                        await socket.send(ask)
-            assert (await neighbour.ask(do="models"))[1]
-        server.should_exit = True
-        await serving
-        heard.close()
+                    for pages in (2, 1):
+                        while made.state.live.status.pages != pages:
+                            await asyncio.sleep(0.01)
+                asking.cancel()
+                deaf.transport.abort()
+                assert (await neighbour.ask(do="models"))[1]
+            server.should_exit = True
+            await serving
 
-    loop.run_until_complete(story())
-    loop.close()
+    asyncio.run(story())

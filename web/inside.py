@@ -47,6 +47,11 @@ class Status:
         self._looking: asyncio.Task[None] | None = None
         self._here: bool | None = None
 
+    @property
+    def pages(self) -> int:
+        """How many are open."""
+        return len(self._pages)
+
     def join(self, tell: Tell) -> None:
         self._pages.add(tell)
         if self._here is not None:

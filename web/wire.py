@@ -28,6 +28,7 @@ from web.problems import Problem
 log = logging.getLogger(__name__)
 
 LINGER = 2.0  # seconds
+PAGE_BYTES = 256 << 10  # of a WebSocket's message: a page sends far less (live.MESSAGE characters)
 
 
 class Bounded(HttpToolsProtocol):
@@ -215,7 +216,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 timeout_keep_alive=math.ceil(config.idle_seconds),
                 timeout_graceful_shutdown=math.ceil(config.drain_seconds),
-                ws_max_size=config.max_body_bytes,
+                ws_max_size=PAGE_BYTES,
                 ssl_certfile=config.tls_cert,
                 ssl_keyfile=config.tls_key,
             )

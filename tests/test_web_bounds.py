@@ -22,6 +22,7 @@ from tests.process import Served, Web, serve, web
 from tests.rest import Reply, Rest, answer, connected, parsed, rest_of
 from tests.test_security import Certificates, certificates  # noqa: F401  # a fixture
 from web.config import Config
+from web.wire import listening
 
 HEAD = 4096  # bytes of a request's head that the face under test takes
 BODY = 100_000
@@ -328,6 +329,12 @@ def test_tls_both_ways(face: Web, served: Served, certificates: Certificates, tm
                 http.client.HTTPSConnection("localhost", secure.port, timeout=30, context=ssl.create_default_context()).request("GET", "/")
         with web(f"localhost:{server.port}", "--target-ca", str(certificates.ca)) as stranger:
             assert Rest(stranger.port).get("/v1/models").why[0] == 503
+
+
+def test_nothing_waits_for_an_acknowledgement() -> None:
+    """The socket says that it is TCP: else asyncio leaves Nagle's algorithm on, and every kept connection has 40 ms a request."""
+    with listening(Config(port=0)) as heard:
+        assert heard.proto == socket.IPPROTO_TCP
 
 
 def test_a_taken_port(face: Web) -> None:

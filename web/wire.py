@@ -249,8 +249,10 @@ def _written(file: Path, port: int) -> None:
 
 def listening(config: Config) -> socket.socket:
     """Raises OSError where the port is taken or the host is none."""
-    family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    made = socket.socket(family, socket.SOCK_STREAM)
+    family, _, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    # The protocol by name: asyncio turns Nagle's algorithm off only for sockets that say TCP, and with it a response, which is two
+    # writes, waits 40 ms for its reader's delayed acknowledgement.
+    made = socket.socket(family, socket.SOCK_STREAM, protocol)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)

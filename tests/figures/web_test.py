@@ -4,7 +4,7 @@ It prints what it saw, a line a story, and ends with one that sums up; it exits 
 docs/images/web. Needs Chromium (`apt-get install chromium`, or CHROMIUM=/path/to/it) and the extra `webtest`.
 
 Judged: every story's own checks; axe's rules on each story, light, dark and on a phone, without a violation; nothing on the
-console; interactive within a second of the first byte asked for, without a cache; 100 open pages at once, each with a live session
+console; what breaks in between is not seen in any score; interactive within a second of the first byte asked for, without a cache; 100 open pages at once, each with a live session
 that gets the very same scores.
 """
 
@@ -29,7 +29,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
 
-from tests.process import ROOT
+from tests.process import ROOT, web
 
 SHOTS = ROOT / "docs" / "images" / "web"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
@@ -65,6 +65,13 @@ class Demo:
     @property
     def log(self) -> str:
         return self._log.read_text()
+
+    @property
+    def target(self) -> str:
+        """The server's own address."""
+        found = re.search(r"serving \d+ models on (\S+) ", self.log)
+        assert found is not None
+        return found[1]
 
     @property
     def killed(self) -> list[int]:
@@ -375,6 +382,36 @@ def inside(v: Visitor, demo: Demo) -> str:
     return f"killed while 13 sessions played; back after {away:.1f} s; {answered} turns answered, 0 lost, 0 doubled, 0 different"
 
 
+def lost(browser: Browser, demo: Demo) -> str:
+    """The page's own process is killed under an open page, and started anew: what was typed meanwhile is read, as if nothing had been."""
+    first, meanwhile = ["The", "first", "hour", "is", "slow"], ["and", "then", "it", "is", "superb"]
+    refused: list[str] = []  # the console tells of each attempt to connect: that is the story
+    with web(demo.target) as one:
+        v = Visitor(browser, f"{one.url}/", refused)
+        page = v.open("sentiment")
+        page.locator("#s-input").press_sequentially(" ".join(first) + " ", delay=20)
+        expect(page.locator("#s-words li.waiting")).to_have_count(0)
+        one.process.kill()
+        expect(page.locator("#status")).to_have_attribute("data-state", "lost")
+        page.locator("#s-input").press_sequentially(" ".join(meanwhile) + " ", delay=20)
+        expect(page.locator("#s-words li.waiting")).to_have_count(len(meanwhile))
+        port = one.port
+    with web(demo.target, "--port", str(port)):
+        expect(page.locator("#status")).to_have_attribute("data-state", "here")
+        expect(page.locator("#s-words li.waiting")).to_have_count(0)
+        cells = "cells => cells.map(cell => cell.textContent)"
+        there = page.eval_on_selector_all("#s-table tbody td:last-child", cells)
+        expect(page.locator("#s-facts strong")).to_have_text(f"Turn {len(first) + len(meanwhile)}")
+        calm = v.open("sentiment")
+        calm.locator("#s-input").press_sequentially(" ".join([*first, *meanwhile]) + " ", delay=20)
+        expect(calm.locator("#s-words li")).to_have_count(len(there))
+        expect(calm.locator("#s-words li.waiting")).to_have_count(0)
+        undisturbed = calm.eval_on_selector_all("#s-table tbody td:last-child", cells)
+        sure(there == undisturbed, f"the same scores as undisturbed: {there}, {undisturbed}")
+        v.close()
+    return f"the page's process killed and started anew: {len(there)} words, the scores of an undisturbed reading"
+
+
 # What is asked of all of them
 
 
@@ -458,7 +495,7 @@ def crowd(browser: Browser, demo: Demo, said: list[str], count: int) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.figures.web_test")
-    parser.add_argument("--only", default="", help="stories, or axe, quick, crowd, separated by commas")
+    parser.add_argument("--only", default="", help="stories, or quick, lost, axe, crowd, separated by commas")
     parser.add_argument("--pages", type=int, default=PAGES, help=f"open pages at once (default: {PAGES})")
     arguments = parser.parse_args()
     only = [name for name in arguments.only.split(",") if name]
@@ -495,6 +532,7 @@ def main() -> int:
                 return line
 
             do(story, tell)
+        do("lost", lambda: lost(browser, running))
         do("axe", lambda: accessible(browser, running, said))
         do("crowd", lambda: crowd(browser, running, said, arguments.pages))
         browser.close()

@@ -6,7 +6,11 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
+import threading
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -21,7 +25,7 @@ from websockets.asyncio.client import ClientConnection
 import seqserve
 from server.app import App
 from server.config import Config
-from tests import process
+from tests import models, process
 from tests.process import ROOT, serve
 from web import live, page
 from web.app import app as web_app
@@ -506,3 +510,60 @@ def test_who_does_not_read_is_cut_off(app: App, monkeypatch: pytest.MonkeyPatch)
             await serving
 
     asyncio.run(story())
+
+
+@contextmanager
+def demo(*flags: str) -> Iterator[str]:
+    """`python -m web.demo`, as `make web` starts it; gives the page's address."""
+    command = [sys.executable, "-m", "web.demo", "--port", "0", "--pause", "0.1", *flags]
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    try:
+        for line in running.stderr:
+            if found := re.search(r"web\.wire: serving \S+ on http://\S+:(\d+)", line):
+                break
+        else:
+            raise AssertionError("it did not start")
+        draining = threading.Thread(target=running.stderr.read, daemon=True)  # or it would wait for its log to be read
+        draining.start()
+        yield f"127.0.0.1:{found[1]}"
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(WAIT_S) == 0
+        draining.join()
+    finally:
+        running.kill()
+        running.wait()
+        running.stderr.close()
+
+
+def test_killed_by_the_page(tmp_path: Path) -> None:
+    """The page of `make web` kills the server, which is started again on the same port and the same sessions; one that others can
+    reach may not."""
+    library, store = tmp_path / "models", ("--store", str(tmp_path / "sessions"))
+    models.library(library)
+
+    async def story(one: Page) -> None:
+        while (told := await one.told()) != {"server": "here"}:
+            assert told == {"hello": {"kill": True}}
+        session = new_id("survivor")
+        await one.ask(do="open", line="a", session=session, model="reader")
+        assert (await one.ask(do="kill"))[1] is True
+        while await one.told() != {"server": "away"}:
+            pass
+        while await one.told() != {"server": "here"}:
+            pass
+        await one.ask(do="fork", line="a", session=session, fork=new_id("fork"))
+        with pytest.raises(Refused) as caught:
+            await one.ask(do="fork", line="a", session=new_id("unknown"), fork=new_id("fork"))
+        assert caught.value.reason == "UNKNOWN_SESSION"
+
+    async def others(one: Page) -> None:
+        assert await one.told() == {"hello": {"kill": False}}
+        with pytest.raises(Refused) as caught:
+            await one.ask(do="kill")
+        assert caught.value.reason == "NO_KILL"
+
+    with demo("--models", str(library), *store) as address:
+        run(address, story)
+    with demo("--models", str(library), *store, "--host", "0.0.0.0") as address:
+        run(address, others)

@@ -1,6 +1,6 @@
 """`python -m web.demo`: a server with the bundles at hand, and the page, together; the page may kill the server, which is started again.
 
-What `make web` runs. The server is a process of its own with its sessions in an LMDB file, as `make serve` starts it. It is on this
+What `make web` runs. The server is a process of its own with its sessions in LMDB, beside those of `make serve`. It is on this
 machine only, and so is the page unless --host says otherwise; then there is nothing to kill.
 """
 
@@ -106,7 +106,7 @@ class Supervised:
 async def run(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m web.demo", description="A server and its page, together.")
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="directory of bundles (default: the shipped ones)")
-    parser.add_argument("--store", type=Path, default=Path(".sessions"), help="the file that keeps sessions (default: .sessions)")
+    parser.add_argument("--store", type=Path, default=Path(".sessions-web"), help="what keeps sessions (default: .sessions-web)")
     parser.add_argument("--server-port", type=int, default=0, help="the server's gRPC port; 0 takes a free one (default: 0)")
     parser.add_argument("--pause", type=float, default=PAUSE, help=f"seconds before a server that died is started again (default: {PAUSE})")
     own, rest = parser.parse_known_args(argv)

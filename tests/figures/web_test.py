@@ -3,9 +3,9 @@
 It prints what it saw, a line a story, and ends with one that sums up; it exits with 1 where anything was missed. Screenshots go to
 docs/images/web. Needs Chromium (`apt-get install chromium`, or CHROMIUM=/path/to/it) and the extra `webtest`.
 
-Judged: every story's own checks; axe's rules on each story, light, dark and on a phone, without a violation; nothing on the
-console; what breaks in between is not seen in any score; interactive within a second of the first byte asked for, without a cache; 100 open pages at once, each with a live session
-that gets the very same scores.
+Judged: every story's own checks; no score that tells of what broke in between, the server or the page's process; axe's rules on each
+story, light, dark and on a phone, without a violation; nothing on the console; interactive within a second of the navigation's start,
+without a cache; 100 open pages at once, each with a live session that gets the very same scores.
 """
 
 from __future__ import annotations

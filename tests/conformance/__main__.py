@@ -62,7 +62,7 @@ def main() -> int:
             if not options.only or any(part in case.name for part in options.only):
                 yield (case.name, case.says, *outcome(case, server))
         if options.examples:
-            yield from run_examples(options.examples, options.url)
+            yield from run_examples(options.examples, options.url, options.http)
 
     found = []
     for name, says, how, why in outcomes():

@@ -7,6 +7,7 @@ Safe to use from many threads and from greenlets: it keeps no state between call
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -63,6 +64,7 @@ class Client:
         self._metadata = tuple(metadata)
         self._retries = retries
         self._closed = False
+        self._owner = True
         if credentials is None:
             self._channel = grpc.insecure_channel(target, OPTIONS)
         else:
@@ -76,10 +78,23 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def with_metadata(self, metadata: Sequence[tuple[str, str | bytes]]) -> Client:
+        """A client on the same connection that sends this metadata in place of this one's: for those who call on behalf of
+        several. The connection is closed with the first of them; who closes one of the others only ends its own retries."""
+        twin = copy.copy(self)
+        twin._metadata = tuple(metadata)
+        twin._owner = False
+        return twin
+
+    def call(self, call: wire.Call[R], *, timeout: float | None = None) -> R:
+        """A call made by `wire`, `sessions` or `inference`: for those who carry calls rather than make them."""
+        return self._call(call, timeout)
+
     def close(self) -> None:
         """Ends the connection; calls in flight are cancelled."""
         self._closed = True
-        self._channel.close()
+        if self._owner:
+            self._channel.close()
 
     @overload
     def classify(self, text: str, model: str = "", version: str = "", *, timeout: float | None = None) -> results.Classification: ...

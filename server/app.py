@@ -19,10 +19,11 @@ from server.catalog import Catalog, Trials
 from server.config import MEASURED, Config
 from server.devices import CPU, Device, Placement, parse
 from server.engine import Watch
+from server.inside import Feed
 from server.keys import Keys
 from server.metrics import Metrics
 from server.rounds import Limits
-from server.rpc import health, inference, inference_stream, repository, sessions, tasks
+from server.rpc import health, inference, inference_stream, inside, repository, sessions, tasks
 from server.rpc.answer import Desk
 from server.rpc.front import Method, Options, Tls, choose_front
 from server.rpc.gate import Gate
@@ -76,7 +77,9 @@ class App:
         self.turns = Turns(self.shelf, self.workers)
         regions = Regions(config.allow_shared_memory)
         infer = inference.Inference(self.catalog, self.shelf, self.turns, lambda: self.health.serving, regions, config)
-        services = [SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
+        feed = Feed(self.workers)
+        self.inside = inside.Inside(feed, self.catalog, self.shelf, statistics, config.workers, lambda: self.front.live)
+        services = [SERVICE, tasks.SERVICE, sessions.SERVICE, inside.SERVICE, health.SERVICE]
         self.health = health.Health(services)
         self.keys = Keys(config.keys, config.keys_interval) if config.keys is not None else None
         if self.keys is not None and self.keys.certified and config.tls_client_ca is None:
@@ -91,6 +94,7 @@ class App:
             **Settings().methods(desk),
             **tasks.Tasks(self.catalog, lambda: self.health.serving).methods(desk),
             **sessions.Sessions(self.shelf, self.turns).methods(desk),
+            **self.inside.methods(desk),
             **self.health.methods(desk),
             **(health.reflect(services, desk) if config.reflection else {}),
         }
@@ -159,6 +163,7 @@ class App:
         self._over.set()
         self.health.set(False)
         self.health.end()
+        self.inside.end()
         self.front.drain()
         done = self.workers.drain(self.config.drain_seconds)
         left = max(0.0, self.config.drain_seconds - (time.monotonic() - began))

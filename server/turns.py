@@ -399,7 +399,7 @@ class Turns:
         self._shared.append(ran)
         self._sharing += len(ran)
         old: list[_Ran] = []
-        while len(self._shared) > OWNED_AFTER and self._sharing - len(self._shared[0]) >= self._sessions.in_memory:
+        while len(self._shared) > OWNED_AFTER and self._sharing - len(self._shared[0]) >= self._sessions.resident:
             self._sharing -= len(self._shared[0])
             old += self._shared.popleft()
         return old

@@ -26,7 +26,7 @@ ROOT = DOCS.parent
 NAV: dict[str, tuple[str, ...]] = {
     "Start": ("concepts", "walkthrough", "models"),
     "Guides": (
-        "guides/onnx", "guides/streamable", "guides/fleet", "guides/gpu", "guides/triton", "guides/observability", "security",
+        "guides/onnx", "guides/streamable", "guides/fleet", "gpu", "guides/triton", "guides/observability", "security",
         "http", "web",
     ),
     "Trouble": ("errors",),

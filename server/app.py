@@ -59,7 +59,10 @@ class App:
         self.config = config
         self.metrics = Metrics()
         self.tracing, self.workers, watch = _traced(config, self.metrics)
-        limits = Limits(rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, wait=config.max_wait, workers=config.workers)
+        limits = Limits(
+            rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, wait=config.max_wait, standing=config.standing_wait,
+            workers=config.workers,
+        )  # fmt: skip
         statistics = Statistics(watch)
         self.catalog = Catalog(self.workers, limits, statistics, config.max_request_rows)
         self.store = open_store(config.store, config.durability)

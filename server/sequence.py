@@ -14,9 +14,9 @@ import numpy as np
 from contract.bundle import Graph, Tensor
 from server.errors import ServeError
 from server.inputs import Sizes, check_values
-from server.rounds import Ticket
 from server.states import Rows, fresh
 from server.states import stack as stack_states
+from server.tickets import Ticket
 
 Array = np.ndarray[Any, Any]
 Inputs = Mapping[str, Array]
@@ -35,7 +35,7 @@ class Sequence(Ticket):
     """
 
     __slots__ = (
-        "cells", "done", "failed", "going", "graph", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state", "steps",
+        "cells", "done", "failed", "going", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state", "steps",
         "then",
     )  # fmt: skip
 
@@ -48,7 +48,8 @@ class Sequence(Ticket):
         failed: Callable[[ServeError], None],
         state: Rows | None = None,
     ) -> None:
-        self.order = 0  # of the ticket: it is queued nowhere yet
+        self.order = 0.0  # of the ticket: it is queued nowhere yet
+        self.deadline = None
         self.gone = self.running = False
         self.remaining = 0
         self.then = then

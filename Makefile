@@ -5,11 +5,12 @@ DATA ?= ../shared/data
 BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MINUTES ?= 20
+SITE_PORT ?= 8005
 ENGINE ?= docker
 TARGET ?= server
 RUN ?=
 
-.PHONY: turn-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions gpu-bench conformance load soak overload image compose-test protos setup setup-dev clean
+.PHONY: turn-cost round-cost serve demo test check audit fuzz quality precisions models-page series crash bench bench-sessions gpu-bench conformance load soak overload image compose-test protos docs docs-serve reference setup setup-dev setup-docs clean
 
 serve: setup            ## serve the ready models on localhost:8001
 	$(BIN)/seqserve serve --store lmdb:.sessions $(RUN)
@@ -50,6 +51,9 @@ series: setup-dev       ## the forecaster beside simpler methods on five data se
 crash: setup-dev        ## live sessions under kill -9: nothing lost, nothing doubled; RUN="--store redis"
 	$(BIN)/python -m tests.figures.crash $(RUN)
 
+round-cost: setup-dev   ## what sequences of mixed lengths cost in rounds, one thread, no gRPC
+	$(BIN)/python -m tests.figures.round_cost $(RUN)
+
 turn-cost: setup-dev    ## the server's own Python a turn and a call, one thread, no gRPC; RUN=--profile
 	$(BIN)/python -m tests.figures.turn_cost $(RUN)
 
@@ -83,8 +87,20 @@ compose-test: setup-dev ## three replicas in containers, killed and drained unde
 protos: setup-dev       ## write the stubs anew from protos/*.proto
 	$(BIN)/python -m protos
 
+docs: setup-docs        ## the documentation site, into site/; a broken link, heading or picture fails it
+	$(BIN)/python -m sphinx -b html -W --keep-going -q -d site/.trees docs site/html
+	@echo "site/html/index.html"
+
+docs-serve: docs        ## the same on http://127.0.0.1:8005, SITE_PORT=n
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory site/html $(SITE_PORT)
+
+reference: setup-dev    ## docs/reference from protos, knobs and commands, docs/drawings from their script
+	$(BIN)/python -m docs.write_reference
+	$(BIN)/python -m docs.draw_concepts
+
 setup: .venv/.serve
 setup-dev: .venv/.dev
+setup-docs: .venv/.docs
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "seqserve needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -94,9 +110,13 @@ setup-dev: .venv/.dev
 	$(PIP) --editable '.[cpu]'
 	touch $@
 
+.venv/.docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[cpu,redis,otel,train,loadtest,dev]'
-	touch $@ .venv/.serve
+	$(PIP) --editable '.[cpu,redis,otel,train,loadtest,docs,dev]'
+	touch $@ .venv/.serve .venv/.docs
 
 clean:
-	rm -rf .venv .venv-audit .venv-bench .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf site docs/project .venv .venv-audit .venv-bench .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -60,8 +60,9 @@ class App:
         placement = _placement(config)
         trials = _trials(config, placement)
         limits = Limits(
-            rows=trials.rows or ROWS, chunk=trials.chunk or CHUNK, queue=config.max_queue, wait=config.max_wait, workers=config.workers
-        )
+            rows=trials.rows or ROWS, chunk=trials.chunk or CHUNK, queue=config.max_queue, wait=config.max_wait,
+            standing=config.standing_wait, workers=config.workers,
+        )  # fmt: skip
         statistics = Statistics(watch)
         self.catalog = Catalog(self.workers, limits, statistics, config.max_request_rows, placement, trials)
         self.store = open_store(config.store, config.durability)

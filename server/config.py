@@ -52,6 +52,7 @@ class Config:
     measured: Path | None = _knob(None, "file that keeps what was measured, so that the next start need not")
     max_queue: int = _knob(1024, "requests waiting or running per model; more are refused with a time to retry after")
     max_wait: float = _knob(10.0, "seconds that what waits for a model may take; more is refused with a time to retry after")
+    standing_wait: float = _knob(1.0, "the same where more has waited for over a second: a burst is let in, lasting overload is not")
     max_request_rows: int = _knob(256, "rows that one tensor request may bring")
     store: str = _knob("memory", "where sessions survive: memory, lmdb:PATH, redis://HOST:PORT")
     durability: str = _knob(

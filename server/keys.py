@@ -6,6 +6,7 @@
     streams = 16                streams at once
     rate = 200                  requests a second
     burst = 400                 requests at once after a pause
+    priority = 3                the highest class that its requests run in, from 1
 
     [[keys]]
     name = "acme's web page"    for logs
@@ -39,6 +40,7 @@ from typing import Any
 
 from server.errors import Unauthenticated, listed
 from server.quotas import Caller, Quota, Tenant
+from server.shares import LEVELS
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +193,8 @@ def _quota(name: str, given: Any, faults: list[str]) -> Quota:
         kind = kinds.get(field)
         if kind is None:
             faults.append(f"tenant {name[:40]!r}: there are only {', '.join(kinds)}")
+        elif field == "priority" and value not in range(LEVELS + 1):
+            faults.append(f"tenant {name[:40]!r}: priority is a class from 1, the highest, to {LEVELS}, or 0 for any")
         elif isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 <= value <= 1e9:
             faults.append(f"tenant {name[:40]!r}: {field} is a number, 0 (no limit) or more")
         else:

@@ -15,7 +15,7 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from server.engine import Engine
+    from server.engine import Engine, Spent
     from server.sequence import Sequence
     from server.shelf import Shelf
 
@@ -114,14 +114,17 @@ class Metrics(Collector):
             for state, count in counts:
                 self._counts["seqserve_models", state] = count
 
-    def round(self, engine: Engine, graph: str, rows: int, steps: int, seconds: float) -> None:
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
         with self._lock:
             watched = self._of(engine)
             watched.rounds[graph] = watched.rounds.get(graph, 0) + 1
             watched.rows.add(rows)
             watched.steps.add(steps)
-            watched.seconds.add(seconds)
+            watched.seconds.add(spent.seconds)
             watched.row_steps += rows * steps
+
+    def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
+        return  # a call's own time has it
 
     def left(self, engine: Engine, sequences: Listed[Sequence], outcome: str) -> None:
         with self._lock:

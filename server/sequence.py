@@ -14,8 +14,8 @@ import numpy as np
 from contract.bundle import Graph, Tensor
 from server.errors import ServeError
 from server.inputs import Sizes, check_values
-from server.rounds import Ticket
 from server.states import Bank, Block, Rows
+from server.tickets import Ticket
 
 Array = np.ndarray[Any, Any]
 Inputs = Mapping[str, Array]
@@ -34,8 +34,8 @@ class Sequence(Ticket):
     """
 
     __slots__ = (
-        "cells", "done", "engine", "failed", "going", "graph", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state",
-        "steps", "then",
+        "cells", "done", "engine", "failed", "going", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state", "steps",
+        "then",
     )  # fmt: skip
 
     def __init__(
@@ -47,7 +47,8 @@ class Sequence(Ticket):
         failed: Callable[[ServeError], None],
         state: Rows | None = None,
     ) -> None:
-        self.order = 0  # of the ticket: it is queued nowhere yet
+        self.order = 0.0  # of the ticket: it is queued nowhere yet
+        self.deadline = None
         self.gone = self.running = False
         self.engine: Any = None  # that has it, where a model has several
         self.remaining = 0

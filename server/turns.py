@@ -25,6 +25,7 @@ from server.inputs import Sizes
 from server.joined import join, joinable, part
 from server.sequence import Inputs, Packed, Sequence, Views
 from server.sessions import Begun, Kept, Pending, Session
+from server.shares import ANYONE, Claim
 from server.shelf import Memory, Shelf, taken
 from server.states import Rows, settle
 from server.workers import Workers
@@ -57,9 +58,10 @@ class Plan:
 class Turn(ABC):
     """What a caller brings, and the caller. The fields are of the file that runs it."""
 
-    __slots__ = ("after", "alone", "joined", "model", "plan", "sequence", "session", "turns")
+    __slots__ = ("after", "alone", "claim", "joined", "model", "plan", "sequence", "session", "turns")
 
-    def __init__(self) -> None:
+    def __init__(self, claim: Claim = ANYONE) -> None:
+        self.claim = claim  # without a deadline: a turn that was begun is run
         self.plan: Plan | None = None
         self.joined: tuple[Turn, ...] = ()  # the turns behind it that run along
         self.alone = False  # it failed together with others: whose fault that was is seen when each runs alone
@@ -102,7 +104,7 @@ class Turn(ABC):
         if self.joined:
             part = join([p for turn in (self, *self.joined) if (p := turn.packed) is not None])
         self.sequence = Sequence(model.bundle.main, *part, self._ran, self._failed, memory.rows)
-        model.engine.submit(self.sequence)
+        model.engine.submit(self.sequence, self.claim)
 
     @property
     def packed(self) -> tuple[Packed, Sizes] | None:

@@ -17,6 +17,8 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 ROOT = Path(__file__).resolve().parent.parent
+FRONTS = {"direct": ("--front", "direct"), "public": ("--front", "public"), "relayed": ("--rpc-processes", "1")}
+"""How calls may be carried, as flags: whatever it is, callers must not see a difference."""
 
 
 class Served:

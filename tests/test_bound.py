@@ -3,8 +3,10 @@ rounds are to be. On a CPU here, through the same banks and bindings as on a GPU
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -299,6 +301,25 @@ def test_two_devices_share_a_model(library: Path) -> None:
     assert values(bench.metrics.registry)["seqserve_sequences_total", "reader", "1", "answered"] == 13
 
 
+def test_what_is_unloaded_gives_its_slots_back(library: Path) -> None:
+    """The banks of an unloaded model go with the last who held it, without a garbage collector, which does not look at what was there when
+    a server began to serve: on one device, and on two."""
+    for devices in ((CPU,), (CPU, Device("cpu", 1))):
+        bench = Placed(library, Limits(), Placement(devices, banks=True))
+        gone: list[weakref.ref[Any]] = []
+        for name in ("reader", "layers"):
+            gone += [weakref.ref(e.graphs["step"].banks) for e in bench.catalog.find(name).engine.engines]  # type: ignore[attr-defined]
+        bench.ask("reader", "one", tokens=np.ones((1, 5), np.int64))
+        bench.run()
+        gc.disable()
+        try:
+            for name in ("reader", "layers"):
+                bench.catalog.unload(name)
+            assert [ref() for ref in gone] == [None] * len(gone)
+        finally:
+            gc.enable()
+
+
 class Far(Device):
     """A CPU that is treated as a GPU is: apart from the threads that serve."""
 
@@ -361,15 +382,15 @@ def test_lanes_bound_what_is_under_way() -> None:
     rounds: Rounds[Ticket] = Rounds(Limits(rows=2, lanes=2))
     for _ in range(6):
         rounds.admit(Ticket("g", 1, 1), 0.0)
-    first, second = rounds.next(), rounds.next()
+    first, second = rounds.next(0.0), rounds.next(0.0)
     assert first is not None
     assert second is not None
-    assert rounds.next() is None
-    assert rounds.oldest() is None
+    assert rounds.next(0.0) is None
+    assert rounds.first() is None
     assert rounds.peek() is None
     rounds.done(first, 0.1)
-    assert rounds.oldest() is not None
-    assert rounds.next() is not None
+    assert rounds.first() is not None
+    assert rounds.next(0.0) is not None
 
 
 @pytest.fixture

@@ -31,10 +31,11 @@ from server import keys as keys_room
 from server.errors import Overloaded, ServeError, Unauthenticated
 from server.keys import Keys
 from server.metrics import Metrics
-from server.quotas import Quota, Tenant
+from server.quotas import Caller, Quota, Tenant
 from server.rpc.answer import Desk
+from server.rpc.parameters import Parameters
 from tests import models, pins
-from tests.process import ROOT, Served, reason, serve
+from tests.process import FRONTS, ROOT, Served, reason, serve
 from tests.test_server import tokens_request
 from tests.test_turns import Calls, scores, turn
 
@@ -80,12 +81,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["direct", "public"])
+@pytest.fixture(scope="module", params=list(FRONTS))
 def running(request: pytest.FixtureRequest, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     file.write_text(FILE)
     with serve(
-        library, "--front", request.param, "--keys", str(file), "--keys-interval", "0", "--allow-shared-memory", "--access-log",
+        library, *FRONTS[request.param], "--keys", str(file), "--keys-interval", "0", "--allow-shared-memory", "--access-log",
         "--log-level", "debug",
     ) as server:  # fmt: skip
         yield Running(server, file)
@@ -502,7 +503,7 @@ FAULTS = {
     "a role": ('[[keys]]\ntenant = "a"\nrole = "SECRET"\nsha256 = "' + "0" * 64 + '"', "role is user or operator"),
     "a tenant": ('[[keys]]\ntenant = "A|B"\nsha256 = "' + "0" * 64 + '"', "tenant is a name"),
     "a quota": ("[tenants.a]\nsessions = -1\n" + entry("ann", "a"), "0 \\(no limit\\) or more"),
-    "another quota": ("[tenants.a]\nmodels = 1\n" + entry("ann", "a"), "there are only sessions, calls, streams, rate, burst"),
+    "another quota": ("[tenants.a]\nmodels = 1\n" + entry("ann", "a"), "there are only sessions, calls, streams, rate, burst, priority"),
     "twice": (entry("ann", "a") + entry("ann", "b"), "there twice"),
 }
 
@@ -628,7 +629,7 @@ def client_of(server: Served, **files: Path) -> Iterator[seqserve.Client]:
         yield client
 
 
-@pytest.mark.parametrize("front", ["direct", "public"])
+@pytest.mark.parametrize("front", FRONTS)
 def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Path) -> None:
     """A client that trusts the authority gets its answers over TLS, by the command too; one in the clear, or that trusts another
     authority, gets none."""
@@ -636,7 +637,7 @@ def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Pa
     file.write_text(FILE)
     key.write_text(KEYS["ann"] + "\n")
     pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))
-    with serve(library, "--front", front, "--keys", str(file), *pair) as server:
+    with serve(library, *FRONTS[front], "--keys", str(file), *pair) as server:
         with client_of(server, ca=certificates.ca) as client:
             assert client.live()
             with pytest.raises(seqserve.Denied):
@@ -655,11 +656,11 @@ def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Pa
         assert (denied.returncode, "wants a key" in denied.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("front", ["direct", "public"])
+@pytest.mark.parametrize("front", FRONTS)
 def test_mutual_tls(front: str, certificates: Certificates, library: Path) -> None:
     """With an authority for clients, only who has its certificate is answered, by client and command."""
     pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))
-    with serve(library, "--front", front, *pair, "--tls-client-ca", str(certificates.ca)) as server:
+    with serve(library, *FRONTS[front], *pair, "--tls-client-ca", str(certificates.ca)) as server:
         with client_of(server, ca=certificates.ca, cert=certificates.client, key=certificates.client.with_suffix(".key")) as client:
             assert [m.name for m in client.models()]
             with client.session("reader") as session:
@@ -717,3 +718,17 @@ def test_a_keyless_server_has_no_gate(library: Path) -> None:
     """Without --keys a method is started by the same code as before there were any."""
     started = Desk(Metrics(), False).unary(tasks_pb.ModelsRequest, lambda r, a: None).start
     assert "start_known" not in started.__qualname__
+
+
+@pytest.mark.parametrize(("asked", "most", "runs"), [(0, 0, 3), (1, 0, 1), (1, 2, 2), (4, 2, 4), (9, 0, 3), (0, 5, 5), (1, 3, 3)])
+def test_classes(asked: int, most: int, runs: int) -> None:
+    """A request runs in the class that it asks for, the default's where it asks for none or one that there isn't, and in none above
+    its tenant's highest; its share of the server is its tenant's."""
+
+    class Asker:
+        deadline = None
+        flow = "tenant"
+        caller = Caller("key", Tenant("t", Quota(priority=most)), False)
+
+    claim = Parameters(priority=asked).claim(Asker())  # type: ignore[arg-type]  # all that is asked of it
+    assert (claim.level, claim.flow) == (runs, "tenant")

@@ -20,7 +20,7 @@ from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server.graph import OnnxGraph
 from tests import models
-from tests.process import ROOT, Served, reason, serve
+from tests.process import FRONTS, ROOT, Served, reason, serve
 
 SERVICE = "/seqserve.v1.Sessions"
 
@@ -32,9 +32,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["direct", "public"])
+@pytest.fixture(scope="module", params=list(FRONTS))
 def served(request: pytest.FixtureRequest, library: Path) -> Iterator[Served]:
-    with serve(library, "--front", request.param, "--chunk", "5", "--max-sessions", "200") as server:
+    with serve(library, *FRONTS[request.param], "--chunk", "5", "--max-sessions", "200") as server:
         yield server
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
@@ -21,6 +21,7 @@ from server import logs
 from server.errors import InvalidInput, ModelFailed, ServeError
 from server.metrics import Metrics
 from server.rpc.front import Call, Metadata, Method, Receiver, server_stream, stream, unary
+from server.shares import DEFAULT, Claim
 
 if TYPE_CHECKING:
     from server.quotas import Caller
@@ -57,6 +58,15 @@ class Answer:
     @property
     def deadline(self) -> float | None:
         return self.call.deadline
+
+    @property
+    def flow(self) -> Hashable:
+        return self.call.peer if self.caller is None else self.caller.tenant
+
+    def claim(self, lasting: bool = False) -> Claim:
+        """What a request of this call may claim, that says nothing of it itself; a `lasting` one is run however long it takes."""
+        caller = self.caller
+        return Claim(None if lasting else self.call.deadline, DEFAULT if caller is None else caller.tenant.level(DEFAULT), self.flow)
 
     def asked(self, request: Message) -> None:
         """What was asked, for the log of calls."""
@@ -116,6 +126,10 @@ class Asked(Protocol):
 
     @property
     def caller(self) -> Caller | None: ...
+
+    @property
+    def flow(self) -> Hashable:
+        """Whose share of the server its work is charged to: the tenant's, without keys the connection's."""
 
     def asked(self, request: Message) -> None: ...
 

@@ -22,6 +22,7 @@ from server.rpc.parameters import number, whole
 from server.rpc.shared_memory import REGION, Place, place
 from server.rpc.wire import Values
 from server.sequence import Sequence
+from server.shares import Claim
 from server.tasks.classify import Classifier
 from server.tasks.generate import Drawn, Generated, Generator
 from server.tasks.generate import Wanted as Wishes
@@ -54,7 +55,7 @@ class Texts(Protocol):
 
     def start(
         self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
-        deadline: float | None,
+        claim: Claim,
     ) -> Sequence:  # fmt: skip
         """Queue one text; where the task streams, `said` is called with each piece. Raises InvalidInput."""
 
@@ -78,13 +79,13 @@ class _Labels:
 
     def start(
         self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
-        deadline: float | None,
+        claim: Claim,
     ) -> Sequence:  # fmt: skip
         ids = self._task.ids(text)
         sequence = Sequence(
             self._model.bundle.main, {"tokens": ids[None]}, Sizes(1, len(ids)), lambda s, outputs: then(s, self.more(outputs)), failed
         )
-        self._model.engine.submit(sequence, deadline)
+        self._model.engine.submit(sequence, claim)
         return sequence
 
     def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
@@ -106,7 +107,7 @@ class _Translations:
 
     def start(
         self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
-        deadline: float | None,
+        claim: Claim,
     ) -> Sequence:  # fmt: skip
         given = request.parameters
         beam, most = (whole(name, given[name]) if name in given else 0 for name in ("beam", "max_tokens"))
@@ -118,7 +119,7 @@ class _Translations:
         def done(sequence: Sequence, result: Translated) -> None:
             then(sequence, {TRANSLATION.name: _one(result.text)})
 
-        return self._task.start(text, Wanted(beam, most), done, failed, told if said is not None else None, deadline)
+        return self._task.start(text, Wanted(beam, most), done, failed, told if said is not None else None, claim)
 
     def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
         raise InvalidInput("NO_TURNS", "this model answers whole texts: send them without a sequence_id")
@@ -136,7 +137,7 @@ class _Continuations:
 
     def start(
         self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
-        deadline: float | None,
+        claim: Claim,
     ) -> Sequence:  # fmt: skip
         given = request.parameters
         top_k, most = (whole(name, given[name]) if name in given else 0 for name in ("top_k", "max_symbols"))
@@ -152,7 +153,7 @@ class _Continuations:
             then(sequence, {CONTINUATION.name: _one(result.text)})
 
         wishes = Wishes(Manner(heat, top_k), seed, most, stop)
-        return self._task.start(text, wishes, done, failed, drawn if said is not None else None, deadline)
+        return self._task.start(text, wishes, done, failed, drawn if said is not None else None, claim)
 
     def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
         raise InvalidInput("NO_TURNS", "over this protocol TEXT is gone on with at once: send it without a sequence_id")

@@ -170,7 +170,7 @@ class Inference:
             told += wire.parameter(b"rounds", s.rounds)
             answer.done_bytes(usual.response(id, told, outputs))
 
-        queued = model.tensors.start_packed(tuple(raw), usual.sizes.steps, then, answer.fail, given.deadline(answer.deadline))
+        queued = model.tensors.start_packed(tuple(raw), usual.sizes.steps, then, answer.fail, given.claim(answer))
         answer.cancel_by(lambda: model.engine.cancel(queued))
         return True
 
@@ -201,11 +201,11 @@ class Inference:
             values = outputs if more is None else more(outputs)
             answer.done_bytes(self._response(request.id, told, face, wanted, places, values))
 
-        deadline = given.deadline(answer.deadline)
+        claim = given.claim(answer)
         if packed is None:
-            sequence = model.tensors.start(inputs, then, answer.fail, deadline)
+            sequence = model.tensors.start(inputs, then, answer.fail, claim)
         else:
-            sequence = model.tensors.start_packed(*packed, then, answer.fail, deadline)
+            sequence = model.tensors.start_packed(*packed, then, answer.fail, claim)
         answer.cancel_by(lambda: model.engine.cancel(sequence))
 
     def _texts(
@@ -218,12 +218,12 @@ class Inference:
         wanted, places = chosen or (task.outputs, _NOWHERE)
         if apart := [t.name for t in wanted if t not in task.outputs]:
             raise InvalidInput("TOKENS_ONLY", f"outputs {', '.join(apart)} are had by tensors only, not by TEXT", tensor=apart[0])
-        model.engine.check()  # before the texts are read
+        claim = given.claim(answer)
+        model.engine.check(claim)  # before the texts are read
         letters = sum(map(len, texts))
         if letters > MOST_LETTERS:
             message = f"{letters} letters in all; at most {MOST_LETTERS} are allowed in one call: send several"
             raise InvalidInput("TOO_LONG", message, expected=f"1..{MOST_LETTERS}", got=letters)
-        deadline = given.deadline(answer.deadline)
         streamed = pieces if task.streams and len(texts) == 1 else None
 
         def said(outputs: Values) -> None:
@@ -255,7 +255,7 @@ class Inference:
         answer.cancel_by(rows.cancel)
         try:
             for i, text in enumerate(texts):
-                rows.started(task.start(text, request, then(i), rows.fail, said if streamed is not None else None, deadline))
+                rows.started(task.start(text, request, then(i), rows.fail, said if streamed is not None else None, claim))
         except ServeError as e:
             rows.fail(e)
 
@@ -385,7 +385,7 @@ class _Step(Turn):
         self, inference: Inference, request: pb.ModelInferRequest, given: Parameters, face: Face, chosen: Chosen | None, answer: Asked,
         id: str,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(given.claim(answer, lasting=True))
         self.inference = inference
         self.request = request
         self.given = given
@@ -435,7 +435,7 @@ class _UsualStep(_Step):
     def __init__(
         self, inference: Inference, usual: Usual, name: bytes, echo: bytes, raw: tuple[bytes, ...], answer: Asked, id: str
     ) -> None:
-        Turn.__init__(self)
+        Turn.__init__(self, usual.given.claim(answer, lasting=True))
         self.inference = inference
         self.usual = usual
         self.given = usual.given

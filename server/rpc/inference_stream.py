@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 from google.protobuf.message import Message
 
@@ -38,6 +38,7 @@ class _Stream(Receiver):
         self._inference = inference
         self._answer = answer
         self.caller = answer.caller
+        self.flow = answer.flow
         self._lock = threading.Lock()
         self._asked: set[_InStream] = set()  # requests not yet answered; workers and the front's thread come and go
         self._ended = False
@@ -109,6 +110,10 @@ class _InStream:
     @property
     def caller(self) -> Caller | None:
         return self._of.caller
+
+    @property
+    def flow(self) -> Hashable:
+        return self._of.flow
 
     def asked(self, request: Message) -> None:
         """Calls are logged, not their messages."""

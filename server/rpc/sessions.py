@@ -30,6 +30,7 @@ from server.rpc.generation import read_wishes, write_generated
 from server.rpc.tasks import read_series, write_classification, write_series
 from server.sequence import Inputs, Outputs, Views
 from server.sessions import Kept
+from server.shares import Claim
 from server.shelf import Shelf
 from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
@@ -150,6 +151,7 @@ class _Stream(Receiver):
         self._replies: list[bytes] = []  # to be sent: each a TurnReply, and what stands before it
         self._size = 0
         self._refused: dict[str, int] = {}  # by session, a turn of this stream that was refused
+        self.claim = answer.claim(lasting=True)
         answer.cancel_by(lambda: None)  # turns that were begun run on: their caller may come back for the replies
 
     def on_message(self, message: bytes) -> None:
@@ -262,8 +264,8 @@ class _Asked(Turn):
 
     __slots__ = ("kind", "request")
 
-    def __init__(self, request: pb.TurnRequest) -> None:
-        super().__init__()
+    def __init__(self, request: pb.TurnRequest, claim: Claim) -> None:
+        super().__init__(claim)
         self.request = request
         self.kind: str | None = request.WhichOneof("input")
 
@@ -283,7 +285,7 @@ class _InStream(_Asked):
     __slots__ = ("stream",)
 
     def __init__(self, request: pb.TurnRequest, stream: _Stream) -> None:
-        super().__init__(request)
+        super().__init__(request, stream.claim)
         self.stream = stream
 
     def told(self, reply: bytes | ServeError) -> None:
@@ -304,7 +306,7 @@ class _InCall(_Asked):
     __slots__ = ("answer",)
 
     def __init__(self, request: pb.TurnRequest, answer: Answer) -> None:
-        super().__init__(request)
+        super().__init__(request, answer.claim(lasting=True))
         self.answer = answer
 
     def told(self, reply: bytes | ServeError) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from server.rounds import Limits, Rounds, Ticket
+from server.rounds import Limits, Rounds
+from server.tickets import Ticket
 
 HERE = Path(__file__).parent / "drawings"
 ARRIVALS = (("review", 0, 23), ("one-liner", 0, 4), ("comment", 2, 9), ("letter", 3, 12), ("headline", 4, 3))
@@ -87,7 +88,7 @@ def schedule() -> list[tuple[int, list[str]]]:
         for name, at, steps in ARRIVALS:
             if at == len(drawn):
                 rounds.admit(Named(name, steps), 0.0)
-        chosen = rounds.next()
+        chosen = rounds.next(0.0)
         if chosen is None:
             return drawn
         rounds.done(chosen, 0.001)

@@ -24,6 +24,11 @@ from server.states import Bank, Rows
 
 Array = np.ndarray[Any, Any]
 
+# One arena for all graphs. Each would have one of its own, which grows to the largest round it ever ran and keeps that: with the seven
+# shipped models 354 MiB resident after 1,800 random rounds by two threads, 204 with one between them, at the same speed.
+ort.create_and_register_allocator(
+    ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT), ort.OrtArenaCfg(0, -1, -1, -1)
+)
 ort.set_default_logger_severity(4)  # a failed run is an exception here already; its log line would say it twice
 
 _ONNX_DTYPES = {
@@ -254,6 +259,7 @@ def _session(source: Path | bytes, device: Device, placement: Placement) -> ort.
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     # Rounds differ in rows and steps all the time: a memory pattern per shape would be planned and never reused.
     options.enable_mem_pattern = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
     what = str(source) if isinstance(source, Path) else source
     try:
         made = ort.InferenceSession(what, options, providers=_providers(device, placement), enable_fallback=0)

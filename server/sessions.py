@@ -135,7 +135,8 @@ class Sessions:
         return len(self._live) + len(self._away)
 
     @property
-    def in_memory(self) -> int:
+    def resident(self) -> int:
+        """How many are in memory."""
         return len(self._live)
 
     def __contains__(self, id: str) -> bool:

@@ -37,14 +37,15 @@ OWNED_AFTER = 64  # rounds, and as many turns as sessions are in memory, after w
 
 
 class Plan:
-    """How one turn is run: `inputs` are read for good, `glance` only for this turn's answer. `more`, where there is one, is
+    """How one turn is run: `inputs` are read for good, `glance` only for this turn's answer. `answer` makes the reply of the outputs
+    and of what ran, which knows how long it took. `more`, where there is one, is
     asked after each run what is read next; when there is nothing more it may have set `rest`, and `fresh`, which leaves the
     session a state that has read nothing. No dataclass, since one is made for each turn."""
 
     __slots__ = ("answer", "fresh", "glance", "inputs", "more", "rest")
 
     def __init__(
-        self, answer: Callable[[Views], bytes], rest: str = "", inputs: tuple[Inputs | Packed, Sizes] | None = None,
+        self, answer: Callable[[Views, Sequence], bytes], rest: str = "", inputs: tuple[Inputs | Packed, Sizes] | None = None,
         glance: tuple[Inputs | Packed, Sizes] | None = None,
     ) -> None:  # fmt: skip
         self.answer = answer
@@ -300,9 +301,9 @@ class Turns:
         if work.joined:
             every = (work, *work.joined)
             parts = part(work.model.bundle.graph, outputs, [brought[1].steps for turn in every if (brought := turn.packed) is not None])
-            replies = [turn.plan.answer(views) for turn, views in zip(every, parts, strict=True) if turn.plan is not None]
+            replies = [turn.plan.answer(views, sequence) for turn, views in zip(every, parts, strict=True) if turn.plan is not None]
         else:
-            replies = (plan.answer(outputs),)
+            replies = (plan.answer(outputs, sequence),)
         self._round.ran.append(_Ran(session, replies, Memory(rows, plan.rest)))
 
     def _after_round(self) -> None:
@@ -398,7 +399,7 @@ class Turns:
         self._shared.append(ran)
         self._sharing += len(ran)
         old: list[_Ran] = []
-        while len(self._shared) > OWNED_AFTER and self._sharing - len(self._shared[0]) >= self._sessions.in_memory:
+        while len(self._shared) > OWNED_AFTER and self._sharing - len(self._shared[0]) >= self._sessions.resident:
             self._sharing -= len(self._shared[0])
             old += self._shared.popleft()
         return old

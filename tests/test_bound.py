@@ -379,7 +379,8 @@ def test_a_device_apart(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lanes_bound_what_is_under_way() -> None:
     """As many rounds as there are lanes run at once; the next is chosen when one is done."""
-    from server.rounds import Rounds, Ticket
+    from server.rounds import Rounds
+    from server.tickets import Ticket
 
     rounds: Rounds[Ticket] = Rounds(Limits(rows=2, lanes=2))
     for _ in range(6):

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from contract.bundle import BATCH, BundleError, Graph, State
-from server import gather, states
+from server import gather
 from server.devices import Device, Placement
 from server.graph import Array, Binding, Loaded, Memory
 from server.slots import Slots
@@ -76,14 +76,6 @@ class Banks(Home):
         self.dead: deque[tuple[int, int]] = deque()  # blocks that nobody holds any more, told from whatever thread let go
         self.brought = self.fetched = 0  # bytes of state that went from this process's memory to the device, and back
         self.bound = self.gathered = self.refused = 0  # rounds by how their rows were found; and those for which there was no room
-        row = self.bring(states.fresh(graph, 1).arrays(), 1)
-        assert row is not None, "there are at least 16 slots"
-        self._fresh = row
-        self.brought = 0
-
-    def fresh(self, rows: int) -> Rows:
-        """Rows that have read nothing."""
-        return Rows(self.axes, self._fresh, 0, 1) if rows == 1 else Rows(self.axes, Picked(self._fresh, [0] * rows), 0, rows)
 
     def take(self, count: int, after: int | None = None) -> Held | None:
         """Slots for a block; None where there is no room. `after`: where the rows lie now, see Slots.take."""

@@ -35,6 +35,10 @@ class BoundGraph(OnnxGraph):
         if fault := unbound(graph):
             raise BundleError(str(file), [fault])
         self.banks = Banks(graph, device, placement, rows)
+        block = self.banks.bring(self._row.arrays(), 1)
+        assert block is not None, "there are at least 16 slots"
+        self.banks.brought = 0
+        self._fresh = Rows(graph.state_axes, block, 0, 1)  # not of the banks: they and their blocks would keep each other from being freed
         self._turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext() if device.near else threading.Lock()
         self._sizes = _SIZES if placement.buckets and all(t.batch_axis is not None and not t.ragged for t in graph.inputs) else ()
         self._known = all(_known(t) for t in graph.outputs)
@@ -42,7 +46,7 @@ class BoundGraph(OnnxGraph):
         self._captured: dict[tuple[int, int, int], _Captured | None] = {}  # None: seen once
 
     def fresh(self, rows: int) -> Rows:
-        return self.banks.fresh(rows)
+        return self._fresh if rows == 1 else self._fresh.pick([0] * rows)
 
     @property
     def about(self) -> list[tuple[str, str, float]]:

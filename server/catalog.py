@@ -8,6 +8,7 @@ and the others serve on. A model has an engine for each device.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
@@ -259,20 +260,21 @@ def _task_faults(bundle: Bundle) -> list[str]:
 
 
 class _For:
-    """Reports an engine's rounds and sequences as the first's of its model. Satisfies engine.Watch."""
+    """Reports an engine's rounds and sequences as the first's of its model, which it must not keep from being freed: banks on a device go
+    with their engine. Satisfies engine.Watch."""
 
     def __init__(self, first: Engine, watch: Watch) -> None:
-        self._first = first
+        self._first = weakref.ref(first)
         self._watch = watch
 
     def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
-        self._watch.round(self._first, graph, tickets, rows, steps, spent)
+        self._watch.round(self._first() or engine, graph, tickets, rows, steps, spent)
 
     def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
-        self._watch.told(self._first, rows, sequences, seconds)
+        self._watch.told(self._first() or engine, rows, sequences, seconds)
 
     def left(self, engine: Engine, sequences: Listed[Sequence], reason: str) -> None:
-        self._watch.left(self._first, sequences, reason)
+        self._watch.left(self._first() or engine, sequences, reason)
 
 
 __all__ = ["Catalog", "Graph", "Model", "Trials"]

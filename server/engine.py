@@ -82,7 +82,7 @@ class Engine:
         self.bundle = bundle
         self.version = version
         self.name = bundle.name
-        self.graphs = graphs
+        self.graphs = graphs  # none where it has retired and all is done
         self.rounds: Rounds[Sequence] = Rounds(limits, workers.virtual)
         self.costs = self.rounds.costs
         self.measured: Listed[Point] = ()  # what the sizes of rounds were chosen by, where they were
@@ -139,7 +139,7 @@ class Engine:
         engines = self.engines
         if s.state is not None and isinstance(s.state.bank, Block):
             for engine in engines:
-                if engine.graphs[s.graph].keeps(s.state):
+                if (graph := engine.graphs.get(s.graph)) is not None and graph.keeps(s.state):
                     return engine
         self._next = (self._next + 1) % len(engines)
         return min((*engines[self._next :], *engines[: self._next]), key=lambda e: e.rounds.waiting_rows + e.rounds.running_rows)
@@ -172,8 +172,9 @@ class Engine:
         try:
             ordered = order(graph.graph, sequences)
             feeds = stack(graph.graph, ordered, round.steps)
+            states = carried(graph.graph, ordered, graph.fresh)
             stacked = time.perf_counter()
-            outputs, bank, seconds = graph.advance(feeds, carried(graph.graph, ordered, graph.fresh))
+            outputs, bank, seconds = graph.advance(feeds, states)
             self.costs.learn(sequences[0].graph, round.rows, round.steps, seconds)
             ran = time.perf_counter()
             split(graph.graph, ordered, outputs, bank, round.steps)

@@ -148,8 +148,7 @@ class Rounds(Generic[T]):
         return 0 < self.limits.lanes <= self.under_way
 
     def first(self) -> float | None:
-        """The place in the order of who is to be served first, to compare engines by; None where nobody waits, or all lanes are
-        taken."""
+        """The place in the order of who is to be served first, to compare engines by; None where nobody is, or all lanes are taken."""
         if self.full:
             return None
         return min((line[0].order for line in self._waiting.values()), default=None)
@@ -194,7 +193,6 @@ class Rounds(Generic[T]):
         """A round ran: its tickets have `steps` less to do. Call `again` or `leave` for each of them next."""
         steps = round.steps
         rows = 0
-        self.under_way -= 1
         for ticket in round.tickets:
             rows += ticket.rows
             ticket.remaining -= steps
@@ -204,6 +202,7 @@ class Rounds(Generic[T]):
             else:
                 ticket.account.steps -= ticket.rows * steps
         self.running_rows -= rows
+        self.under_way -= 1
         self.waiting_steps -= rows * steps
         cost = seconds / (rows * steps)
         self._step_seconds += (cost - self._step_seconds) * (0.1 if self._step_seconds else 1.0)

@@ -34,8 +34,8 @@ class Sequence(Ticket):
     """
 
     __slots__ = (
-        "cells", "done", "engine", "failed", "going", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state",
-        "steps", "then",
+        "cells", "done", "engine", "failed", "going", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state", "steps",
+        "then",
     )  # fmt: skip
 
     def __init__(

@@ -84,7 +84,7 @@ class Workers:
         with self._wake:
             engine.retired = True
             if not engine.rounds.tickets:
-                self._engines = [e for e in self._engines if e is not engine]
+                self._forget(engine)
 
     def submit(self, engine: Engine, sequence: Sequence, claim: Claim) -> None:
         now = self._clock()
@@ -305,10 +305,15 @@ class Workers:
                 for s in sequences:
                     engine.rounds.leave(s)
                 if engine.retired and not engine.rounds.tickets:
-                    self._engines = [e for e in self._engines if e is not engine]
+                    self._forget(engine)
             engine.watch.left(engine, sequences, how)
             if (onlooker := self.onlooker) is not None:
                 onlooker.left(engine, sequences, how)
+
+    def _forget(self, engine: Engine) -> None:
+        """A retired engine has nothing left to do: whoever still knows it must not keep its graphs, and what they have on a device."""
+        self._engines = [e for e in self._engines if e is not engine]
+        engine.graphs = {}
 
 
 def _tell(failed: Callable[[ServeError], None], error: ServeError) -> None:

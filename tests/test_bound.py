@@ -3,8 +3,10 @@ rounds are to be. On a CPU here, through the same banks and bindings as on a GPU
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -277,7 +279,7 @@ def test_two_devices_share_a_model(library: Path) -> None:
     engine.cancel(asked[3])
     assert sorted(e.rounds.tickets for e in engine.engines) == [5, 6]
     bench.workers.step()
-    moved = asked[0]
+    moved = next(s for s in asked if s.state is not None)
     assert moved.state is not None
     home = [e for e in engine.engines if e.graphs["step"].keeps(moved.state)]
     assert [moved.engine] == home
@@ -297,6 +299,27 @@ def test_two_devices_share_a_model(library: Path) -> None:
     assert bench.counts("reader") == (0, 0, 0, 0)
     bench.metrics.watch_queue(engine)
     assert values(bench.metrics.registry)["seqserve_sequences_total", "reader", "1", "answered"] == 13
+
+
+def test_what_is_unloaded_gives_its_slots_back(library: Path) -> None:
+    """The banks of an unloaded model go with the last who held it, without a garbage collector, which does not look at what was there when
+    a server began to serve: on one device, and on two."""
+    for devices in ((CPU,), (CPU, Device("cpu", 1))):
+        bench = Placed(library, Limits(), Placement(devices, banks=True))
+        gone: list[weakref.ref[Any]] = []
+        known = [bench.catalog.find(name) for name in ("reader", "layers")]
+        for name in ("reader", "layers"):
+            gone += [weakref.ref(e.graphs["step"].banks) for e in bench.catalog.find(name).engine.engines]  # type: ignore[attr-defined]
+        bench.ask("reader", "one", tokens=np.ones((1, 5), np.int64))
+        bench.run()
+        gc.disable()
+        try:
+            for name in ("reader", "layers"):
+                bench.catalog.unload(name)
+            assert [ref() for ref in gone] == [None] * len(gone)
+            assert all(model.engine.retired for model in known), "who still knows them"
+        finally:
+            gc.enable()
 
 
 class Far(Device):

@@ -3,7 +3,8 @@
 A linear highway over the last 96 values (the autoregressive part of LSTNet, Lai et al. 2018, arXiv 1703.07015) gives
 most of the forecast; an LSTM that has followed the series since its session began corrects it and says how sure it is.
 All channels share the weights. Both parts see values only relative to other values of the series, so a shift of level
-changes nothing. This file knows the model, its training on windows of a long series and its contract; it must not know
+changes nothing. Beside them may stand a direct autoregression of each channel's own, which knows the level that a channel usually
+has and leads back to it; how much it counts the validation months decide. This file knows the model, its training on windows of a long series and its contract; it must not know
 files of a data set (`data/ett.py`) or onnx.
 """
 
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Subset
 
 from contract.bundle import Graph, State
 from contract.bundle import Tensor as Described
-from training import checkpoint
+from training import checkpoint, loop
 from training.config import Config, ConfigError, section
 from training.data.ett import Series
 from training.layers import remember
@@ -56,6 +57,7 @@ class Dims:
     hidden: int = 64
     dropout: float = 0.3
     season: int = DAY  # steps of the pattern that the features look for; 3, 6, 12, 24, ...
+    regression: bool = False  # whether a linear map of each channel's own window stands beside, for a few channels
 
 
 class Forecast(NamedTuple):
@@ -77,6 +79,7 @@ class Forecaster(nn.Module):
     centre: Tensor
     scale: Tensor
     width: Tensor
+    share: Tensor
 
     def __init__(self, dims: Dims) -> None:
         super().__init__()
@@ -95,6 +98,12 @@ class Forecaster(nn.Module):
         self.spread = nn.Linear(dims.hidden + 2, dims.horizon * len(QUANTILES))
         nn.init.normal_(self.spread.weight, std=0.01)
         nn.init.constant_(self.spread.bias, -0.5)
+        if dims.regression:
+            # Solved in `finish`. One matrix for all channels and a choice of each one's own from it costs seven times as much as seven
+            # matrices would, which is little, and what a row gives does not hang on how many rows there are.
+            self.regression = nn.Linear(dims.lookback, dims.channels * dims.horizon, bias=False).requires_grad_(False)
+            nn.init.zeros_(self.regression.weight)
+            self.register_buffer("share", torch.ones(()))  # of LSTM and highway in the mean; the rest is the regression's
 
     def features(self, before: Tensor, values: Tensor) -> Tensor:
         """before [batch, lookback, channels], values [batch, time, channels], both standardised → what the LSTM reads,
@@ -134,6 +143,10 @@ class Forecaster(nn.Module):
         relative = window - last
         state = self.dropout(state)
         mean = last + self.highway(relative) + self.correct(state)  # [..., channels, horizon]
+        if self.dims.regression:
+            every = self.regression(window).unflatten(-1, (self.dims.channels, self.dims.horizon))  # [..., channels, channels, horizon]
+            own = (every * torch.eye(self.dims.channels, device=window.device).unsqueeze(-1)).sum(-2)
+            mean = self.share * mean + (1 - self.share) * own
         # Errors grow with how much the window moved: the spread is in units of its mean deviation. Sums run over `lookback`
         # floats, whole vector registers for 48 or 96: else the rows' alignment would show in onnxruntime's last bits.
         level = relative.sum(-1, keepdim=True) / self.dims.lookback
@@ -257,6 +270,7 @@ class Model:
     hidden: int = 64
     dropout: float = 0.3
     season: int = DAY
+    regression: bool = False
 
 
 def pinball(quantiles: Tensor, truth: Tensor) -> Tensor:
@@ -265,6 +279,9 @@ def pinball(quantiles: Tensor, truth: Tensor) -> Tensor:
     error = truth.unsqueeze(-1) - quantiles
     return torch.maximum(levels * error, (levels - 1) * error).mean()
 
+
+PENALTIES = (1.0, 30.0, 300.0, 1000.0)  # on squares of the regression's weights, tried on the validation months
+SHARES = tuple(n / 20 for n in range(21))
 
 COVERED = (0.75, 0.85)  # of the validation values, by an 80 % interval, is well enough
 
@@ -336,6 +353,10 @@ class ForecasterTraining(Training):
         assert isinstance(model, Forecaster)
         model.load_state_dict(dict(kept.weights))
         model.width.fill_(1.0)
+        if model.dims.regression:
+            self.regress(model)
+            kept = replace(kept, scores=self.rescored(model))
+            loop.rescore(self.out, kept.scores)
         low, high = COVERED
         if not low <= kept.scores["validation_coverage"] <= high:
             length = model.dims.lookback + model.dims.horizon
@@ -349,6 +370,51 @@ class ForecasterTraining(Training):
         }  # fmt: skip
         (self.out / FORECAST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         draw(self.out / "forecast.png", model, self.validation_values, self.series.channels)
+
+    def regress(self, model: Forecaster) -> None:
+        """Solve the regression on the training months, for each penalty; keep that penalty and that share with the smallest
+        squared error on the validation months."""
+        d = model.dims
+        length = d.lookback + d.horizon
+        train = self.train_windows.values.unfold(0, length, 1).transpose(1, 2).double()  # [windows, length, channels]
+        windows = self.validation_values.unfold(0, length, 1).transpose(1, 2)
+        before, truth = windows[:, : d.lookback], windows[:, d.lookback :]
+        model.share.fill_(1.0)
+        with torch.inference_mode():
+            places = torch.tensor([d.lookback])
+            ours = torch.cat([model.at(some, places).mean[:, 0] for some in before.split(256)])  # [windows, horizon, channels]
+        best = math.inf
+        for penalty in PENALTIES:
+            weights = ridge(train[:, : d.lookback], train[:, d.lookback :], penalty).float()  # [channels, lookback, horizon]
+            own = torch.einsum("nlc,clh->nhc", before, weights)
+            for share in SHARES:
+                error = float(functional.mse_loss(share * ours + (1 - share) * own, truth))
+                if error < best:
+                    best = error
+                    model.share.fill_(share)
+                    model.regression.weight.copy_(weights.transpose(1, 2).flatten(0, 1))
+
+    def rescored(self, model: Forecaster) -> dict[str, float]:
+        """The validation scores of a finished model."""
+        self.model, trained = model, self.model
+        sums: dict[str, float] = {}
+        count = 0
+        with torch.inference_mode():
+            for batch in self.validation_batches():
+                for name, (mean, rows) in self.scores(batch).items():
+                    sums[name] = sums.get(name, 0.0) + float(mean) * rows
+                count += len(batch)
+            found = {name: value / count for name, value in sums.items()} | self.validation_end_scores()
+        self.model = trained
+        return {f"validation_{name}": value for name, value in found.items()}
+
+
+def ridge(given: Tensor, wanted: Tensor, penalty: float) -> Tensor:
+    """given [n, lookback, channels], wanted [n, horizon, channels] → of each channel the linear map of least squares with a
+    penalty on its own squares, [channels, lookback, horizon]."""
+    past, ahead = given.permute(2, 0, 1), wanted.permute(2, 0, 1)
+    square = past.transpose(1, 2) @ past + penalty * torch.eye(past.shape[2], dtype=past.dtype)
+    return torch.linalg.solve(square, past.transpose(1, 2) @ ahead)
 
 
 def covered(quantiles: Tensor, truth: Tensor) -> Tensor:

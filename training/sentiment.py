@@ -91,8 +91,8 @@ class Sentiment(nn.Module):
             if len(dims.labels) != 2:
                 raise ConfigError(f"model.pairs: for two labels, not {len(dims.labels)}")
             # Fitted by themselves, in `finish`; until then the LSTM speaks alone.
-            self.word_scores = nn.Embedding.from_pretrained(torch.zeros(dims.vocabulary, 1))
-            self.pair_scores = nn.Embedding.from_pretrained(torch.zeros(dims.pairs, 1))
+            self.word_scores = nn.Embedding(dims.vocabulary, 1, _weight=torch.zeros(dims.vocabulary, 1), _freeze=True)
+            self.pair_scores = nn.Embedding(dims.pairs, 1, _weight=torch.zeros(dims.pairs, 1), _freeze=True)
             self.register_buffer("pair_marks", torch.zeros(dims.pairs, dtype=torch.uint8))
             self.register_buffer("weighed", torch.tensor([1.0, 0.0, 0.0]))  # the LSTM, words and pairs, for all texts alike
 
@@ -243,20 +243,21 @@ class SentimentTraining(Training):
         given, truth = [], []
         with torch.inference_mode():
             for tokens, lengths, labels in self.validation_batches():
-                scores = model.recurrent(tokens, lengths)
-                given.append((scores[:, 1] - scores[:, 0]).numpy())
+                read = model.recurrent(tokens, lengths)
+                given.append((read[:, 1] - read[:, 0]).numpy())
                 truth.append(labels.numpy())
-        read, labels = np.concatenate(given).astype(np.float64), np.concatenate(truth)
+        right = np.concatenate(truth)
         order = [place for batch in self.validation_batches().sampler for place in batch]
-        said = np.array([fitted.of(held.tokens[place]) for place in order]) - fitted.bias
-        weights = ngrams.weigh(np.stack([read, said]), labels)
-        both = weights @ np.stack([read, said, np.ones_like(read)])
+        said = np.array([fitted.of(held.tokens[place]) for place in order])
+        each = np.stack([np.concatenate(given).astype(np.float64), said - fitted.bias])
+        weights = ngrams.weigh(each, right)
+        both = weights[:-1] @ each + weights[-1]
         model.weighed.copy_(torch.tensor(weights))
         scores = {
-            "validation_accuracy": float(((both > 0) == labels).mean()),
-            "validation_loss": float((np.logaddexp(0, both) - labels * both).mean()),
+            "validation_accuracy": float(((both > 0) == right).mean()),
+            "validation_loss": float((np.logaddexp(0, both) - right * both).mean()),
             "validation_lstm_accuracy": kept.scores["validation_accuracy"],
-            "validation_words_and_pairs_accuracy": float(((said + fitted.bias > 0) == labels).mean()),
+            "validation_words_and_pairs_accuracy": float(((said > 0) == right).mean()),
         }
         checkpoint.save(replace(kept, weights=model.state_dict(), scores=scores), self.out / checkpoint.FILE)
         loop.rescore(self.out, scores)
@@ -320,7 +321,7 @@ def describe(model: nn.Module) -> dict[str, bundle.Graph]:
         bundle.Tensor("logits", "float32", (bundle.BATCH, labels), "the same before softmax"),
     )
     layered, flat = (dims.layers, bundle.BATCH, hidden), (bundle.BATCH, hidden)
-    states = (
+    states: tuple[Carried, ...] = (
         Carried("h", "next_h", "float32", layered),
         Carried("c", "next_c", "float32", layered),
         Carried("highest", "next_highest", "float32", flat, initial=-1.0),

@@ -3,9 +3,9 @@
 A linear highway over the last 96 values (the autoregressive part of LSTNet, Lai et al. 2018, arXiv 1703.07015) gives
 most of the forecast; an LSTM that has followed the series since its session began corrects it and says how sure it is.
 All channels share the weights. Both parts see values only relative to other values of the series, so a shift of level
-changes nothing. Beside them may stand a direct autoregression of each channel's own, which knows the level that a channel usually
-has and leads back to it; how much it counts the validation months decide. This file knows the model, its training on windows of a long series and its contract; it must not know
-files of a data set (`data/ett.py`) or onnx.
+changes nothing. Beside them may stand a direct autoregression of each channel's own, which knows the level that a channel
+usually has and leads back to it; how much it counts the validation months decide. This file knows the model, its training on
+windows of a long series and its contract; it must not know files of a data set (`data/ett.py`) or onnx.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ ABOUT = About(
     use="The next 96 hours of ETT-like hourly series, updated with every observation; not other units or time steps.",
     data="ETTh1 (Zhou et al. 2021): 12 months to train, 4 to validate, 4 to test",
     licence="as the rest of this repository; the data (not included) are CC BY-ND 4.0",
-    design="channel-shared LSTM with a linear highway over the last 96 values; deciles that cannot cross",
-    limits="Knows no calendar and no weather. Intervals were calibrated on sixteen months of one transformer.",
+    design="channel-shared LSTM with a linear highway over the last 96 values, averaged with a linear map of each channel's own "
+    "window (ridge regression, in closed form); deciles that cannot cross",
+    limits="Knows no calendar and no weather, and leads a channel back to the level it had in the months of training: one that has "
+    "left it for good is forecast too near to it. Intervals were calibrated on sixteen months of one transformer.",
 )
 
 
@@ -99,8 +101,8 @@ class Forecaster(nn.Module):
         nn.init.normal_(self.spread.weight, std=0.01)
         nn.init.constant_(self.spread.bias, -0.5)
         if dims.regression:
-            # Solved in `finish`. One matrix for all channels and a choice of each one's own from it costs seven times as much as seven
-            # matrices would, which is little, and what a row gives does not hang on how many rows there are.
+            # Solved in `finish`. One matrix for all channels, of whose result each takes its own part, costs as many times more as there
+            # are channels; but a product for each channel (einsum) gave last bits that hung on how many rows a round had.
             self.regression = nn.Linear(dims.lookback, dims.channels * dims.horizon, bias=False).requires_grad_(False)
             nn.init.zeros_(self.regression.weight)
             self.register_buffer("share", torch.ones(()))  # of LSTM and highway in the mean; the rest is the regression's
@@ -281,6 +283,7 @@ def pinball(quantiles: Tensor, truth: Tensor) -> Tensor:
 
 
 PENALTIES = (1.0, 30.0, 300.0, 1000.0)  # on squares of the regression's weights, tried on the validation months
+MOST_CHANNELS = 32  # with a regression, whose cost is their square
 SHARES = tuple(n / 20 for n in range(21))
 
 COVERED = (0.75, 0.85)  # of the validation values, by an 80 % interval, is well enough
@@ -382,7 +385,7 @@ class ForecasterTraining(Training):
         model.share.fill_(1.0)
         with torch.inference_mode():
             places = torch.tensor([d.lookback])
-            ours = torch.cat([model.at(some, places).mean[:, 0] for some in before.split(256)])  # [windows, horizon, channels]
+            ours = torch.cat([model.at(some, places).mean[:, 0] for some in torch.split(before, 256)])  # [windows, horizon, channels]
         best = math.inf
         for penalty in PENALTIES:
             weights = ridge(train[:, : d.lookback], train[:, d.lookback :], penalty).float()  # [channels, lookback, horizon]
@@ -414,7 +417,8 @@ def ridge(given: Tensor, wanted: Tensor, penalty: float) -> Tensor:
     penalty on its own squares, [channels, lookback, horizon]."""
     past, ahead = given.permute(2, 0, 1), wanted.permute(2, 0, 1)
     square = past.transpose(1, 2) @ past + penalty * torch.eye(past.shape[2], dtype=past.dtype)
-    return torch.linalg.solve(square, past.transpose(1, 2) @ ahead)
+    maps: Tensor = torch.linalg.solve(square, past.transpose(1, 2) @ ahead)
+    return maps
 
 
 def covered(quantiles: Tensor, truth: Tensor) -> Tensor:
@@ -486,6 +490,8 @@ def prepare(config: Config, data: Path | None, out: Path) -> ForecasterTraining:
     if settings.lookback < 2 * season:
         raise ConfigError(f"model.lookback {settings.lookback}: at least two seasons, {2 * season}")
     series = load(chosen.kind, chosen.series, data, config.seed)
+    if settings.regression and series.values.shape[1] > MOST_CHANNELS:
+        raise ConfigError(f"model.regression: for at most {MOST_CHANNELS} channels, not {series.values.shape[1]}")
     model = Forecaster(Dims(channels=series.values.shape[1], **asdict(settings)))
     centre, deviation = scale(series)
     model.centre.copy_(centre)

@@ -31,7 +31,7 @@ NAV: dict[str, tuple[str, ...]] = {
     ),
     "Trouble": ("errors",),
     "Reference": (
-        "reference/sessions", "reference/tasks", "reference/inference", "reference/model_config", "reference/python",
+        "reference/sessions", "reference/tasks", "reference/inside", "reference/inference", "reference/model_config", "reference/python",
         "reference/configuration", "reference/cli", "metrics", "conformance",
     ),
     "Run it": ("deploy", "load", "bench"),

@@ -9,6 +9,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from server.devices import parse
+
+Count = int
+"""A whole number, or in words how it is found: these two."""
+AUTO, MEASURED = 0, -1
+
 
 def _knob(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -24,8 +30,26 @@ class Config:
     port_file: Path | None = _knob(None, "write the gRPC port into this file once ready, for those who start us with --port 0")
     metrics_port: int = _knob(8002, "Prometheus port (HTTP, /metrics); 0 takes a free one, -1 turns it off")
     workers: int = _knob(os.cpu_count() or 1, "threads that run rounds; one per core, onnxruntime itself uses one thread each")
-    max_rows: int = _knob(64, "rows of one round; past 32 the cost a row is flat and rounds only get longer")
-    chunk: int = _knob(32, "time steps of one round; the most that a newcomer waits behind a long sequence")
+    device: str = _knob(
+        "cpu", "where rounds run: cpu, cuda, cuda:1, cuda:0,cuda:1; auto: a GPU where there is one, else the CPU with a warning"
+    )
+    state: str = _knob(
+        "auto", "where states lie between rounds: host, in this process's memory; device, in banks on the device; auto: device on a GPU"
+    )
+    device_state_mb: int = _knob(
+        1024, "MiB of state that each graph keeps on its device at most; what is beyond lies in this process's memory"
+    )
+    row_buckets: bool = _knob(False, "with states on the device, make rounds up to few sizes, where setting up each new one shows")
+    cuda_graphs: bool = _knob(False, "run rounds of one step as CUDA graphs where they can be captured; checked at load, docs/gpu.md")
+    tf32: bool = _knob(False, "let a GPU round factors of float32 products to 10 bits: faster, and beyond what most bundles promise")
+    max_rows: Count = _knob(
+        AUTO, "rows of one round; past 32 the cost a row is flat on a CPU and rounds only get longer. auto: 64 on a CPU, measured on a GPU"
+    )
+    chunk: Count = _knob(
+        AUTO, "time steps of one round; the most that a newcomer waits behind a long sequence. auto: 32, or measured likewise"
+    )
+    measure_seconds: float = _knob(0.5, "what measuring a model may take at load, where --max-rows or --chunk is measured")
+    measured: Path | None = _knob(None, "file that keeps what was measured, so that the next start need not")
     max_queue: int = _knob(1024, "requests waiting or running per model; more are refused with a time to retry after")
     max_wait: float = _knob(10.0, "seconds that what waits for a model may take; more is refused with a time to retry after")
     standing_wait: float = _knob(1.0, "the same where more has waited for over a second: a burst is let in, lasting overload is not")
@@ -61,12 +85,20 @@ class Config:
 
     def __post_init__(self) -> None:
         least: Mapping[str, int] = {
-            "workers": 1, "max_rows": 1, "chunk": 1, "max_queue": 1, "max_request_rows": 1, "max_sessions": 1, "resident_sessions": 1,
-            "max_message_bytes": 1024, "port": 0, "connection_streams": 0, "rpc_processes": 0,
+            "workers": 1, "max_rows": MEASURED, "chunk": MEASURED, "device_state_mb": 1, "max_queue": 1, "max_request_rows": 1,
+            "max_sessions": 1, "resident_sessions": 1, "max_message_bytes": 1024, "port": 0, "connection_streams": 0, "rpc_processes": 0,
             "metrics_port": -1,
         }  # fmt: skip
         faults = [f"--{_flag(name)} must be at least {low}" for name, low in least.items() if getattr(self, name) < low]
         faults += [f"--{_flag(name)} must be at most 65535" for name in ("port", "metrics_port") if getattr(self, name) > 65535]
+        try:
+            parse(self.device)
+        except ValueError as e:
+            faults.append(str(e))
+        if self.state not in ("auto", "host", "device"):
+            faults.append("--state must be auto, host or device")
+        if self.measure_seconds <= 0:
+            faults.append("--measure-seconds must be above 0")
         if self.keys_interval < 0:
             faults.append("--keys-interval must not be negative")
         if self.keepalive <= 0:
@@ -103,7 +135,7 @@ class Config:
             assert f.default is not MISSING
             kind = _kind(str(f.type))
             given = environment.get("SEQSERVE_" + f.name.upper())
-            help = f"{f.metadata['help']} (default: {f.default})"
+            help = f"{f.metadata['help']} (default: {'auto' if kind is _count else f.default})"
             options: dict[str, Any] = {"default": f.default if given is None else given, "help": help}
             if kind is bool:
                 options["default"] = f.default if given is None else given.lower() in ("1", "true", "yes")
@@ -121,5 +153,15 @@ def _flag(name: str) -> str:
     return name.replace("_", "-")
 
 
+def _count(text: str) -> int:
+    """`auto`, `measured` or a whole number from 1 on."""
+    words = {"auto": AUTO, "measured": MEASURED}
+    if str(text) in words:
+        return words[str(text)]
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def _kind(annotation: str) -> Any:
-    return {"int": int, "float": float, "bool": bool, "str": str}.get(annotation, Path)
+    return {"int": int, "Count": _count, "float": float, "bool": bool, "str": str}.get(annotation, Path)

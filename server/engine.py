@@ -14,12 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from contract.bundle import Bundle
-from server.errors import ModelFailed, ServeError
+from server.errors import ModelFailed, Overloaded, ServeError
 from server.graph import OnnxGraph
 from server.rounds import Limits, Round, Rounds
-from server.sequence import Sequence, order, split, stack
+from server.sequence import Sequence, carried, order, split, stack
 from server.shares import ANYONE, Claim
 from server.shares import Clock as Virtual
+from server.states import Block
+from server.trial import Point
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,8 @@ class Runners(Protocol):
 
 
 class Engine:
-    """One model's queue and graphs. Made by the catalog, run by Workers."""
+    """One model's queue and graphs, on one device. Made by the catalog, run by Workers. Where a model runs on several devices, callers
+    know the first of its engines, which shares out among the `others`: a sequence runs where its state lies."""
 
     def __init__(
         self, bundle: Bundle, version: str, graphs: Mapping[str, OnnxGraph], workers: Runners, limits: Limits, watch: Watch
@@ -79,12 +82,16 @@ class Engine:
         self.bundle = bundle
         self.version = version
         self.name = bundle.name
-        self.graphs = graphs
+        self.graphs = graphs  # none where it has retired and all is done
         self.rounds: Rounds[Sequence] = Rounds(limits, workers.virtual)
         self.costs = self.rounds.costs
+        self.measured: Listed[Point] = ()  # what the sizes of rounds were chosen by, where they were
         self._ran = [0.0, 0.0]  # seconds, sequences, the past counting less and less
         self.each = 0.0  # seconds of running that a sequence needed in all, of late
         self.retired = False
+        self.others: tuple[Engine, ...] = ()
+        self._next = 0  # of these and this one, who is asked first
+        self._near = all(graph.device.near for graph in graphs.values())
         self._workers = workers
         self.watch = watch
         workers.add(self)
@@ -92,23 +99,50 @@ class Engine:
     def submit(self, sequence: Sequence, claim: Claim = ANYONE) -> None:
         """Queue a sequence; its `then` or `failed` is called later, from a worker. Raises Overloaded, Draining or
         DeadlineExceeded where it can't be taken."""
-        self._workers.submit(self, sequence, claim)
+        if self.others:
+            sequence.engine = self._nearest(sequence)
+            self._workers.submit(sequence.engine, sequence, claim)
+        else:
+            self._workers.submit(self, sequence, claim)
 
     def check(self, claim: Claim = ANYONE) -> None:
         """Raise Overloaded where a newcomer would be refused now: to be asked before its request is read at any cost."""
+        for engine in self.others:
+            try:
+                engine.rounds.check(claim)
+                return
+            except Overloaded:
+                continue
         self.rounds.check(claim)
 
     def cancel(self, sequence: Sequence) -> None:
         """The caller has gone: free the rows, say nothing to anyone."""
-        self._workers.cancel(self, sequence)
+        self._workers.cancel(sequence.engine or self, sequence)
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """This one and the others of its model."""
+        return (self, *self.others)
 
     def waited(self) -> tuple[float, float]:
         """Seconds that whoever waits longest for its next round has waited, and that all that is here is expected to take."""
-        return self._workers.waited(self)
+        every = [self._workers.waited(engine) for engine in self.engines]
+        return max(age for age, _ in every), max(wait for _, wait in every)
 
     def retire(self) -> None:
         """Take no more; what is here is finished, then the engine is forgotten."""
-        self._workers.retire(self)
+        for engine in self.engines:
+            self._workers.retire(engine)
+
+    def _nearest(self, s: Sequence) -> Engine:
+        """Where its state lies; else where least is to be done."""
+        engines = self.engines
+        if s.state is not None and isinstance(s.state.bank, Block):
+            for engine in engines:
+                if (graph := engine.graphs.get(s.graph)) is not None and graph.keeps(s.state):
+                    return engine
+        self._next = (self._next + 1) % len(engines)
+        return min((*engines[self._next :], *engines[: self._next]), key=lambda e: e.rounds.waiting_rows + e.rounds.running_rows)
 
     def enqueue(self, s: Sequence, claim: Claim, now: float) -> None:
         """Queue a newcomer, with the lock held. Raises Overloaded, DeadlineExceeded."""
@@ -122,7 +156,7 @@ class Engine:
     def brief(self, seconds: float) -> bool:
         """Whether the next round is expected to take at most so long; not where nothing waits or nothing is known."""
         peeked = self.rounds.peek()
-        if peeked is None:
+        if peeked is None or not self._near:  # a device works while the thread that brings work brings more
             return False
         if self.each > self._workers.worth:
             return False
@@ -138,13 +172,12 @@ class Engine:
         try:
             ordered = order(graph.graph, sequences)
             feeds = stack(graph.graph, ordered, round.steps)
-            # The thread's own time: that of day has in it what other threads held the interpreter for.
+            states = carried(graph.graph, ordered, graph.fresh)
             stacked = time.perf_counter()
-            began = time.thread_time()
-            results = graph.run(feeds)
-            self.costs.learn(sequences[0].graph, round.rows, round.steps, time.thread_time() - began)
+            outputs, bank, seconds = graph.advance(feeds, states)
+            self.costs.learn(sequences[0].graph, round.rows, round.steps, seconds)
             ran = time.perf_counter()
-            split(graph.graph, ordered, results, round.steps)
+            split(graph.graph, ordered, outputs, bank, round.steps)
             spent.stack += stacked - started
             spent.infer += ran - stacked
             spent.split += time.perf_counter() - ran

@@ -56,6 +56,7 @@ class Limits:
     wait: float = 10.0  # seconds that what is here may take before newcomers are refused
     standing: float = 1.0  # the same where it has taken longer than that for a while: a burst is let in, what stays too much is not
     workers: int = 1
+    lanes: int = 0  # rounds under way at once; 0 is no limit. On a device one runs while the next is prepared
 
 
 class Rounds(Generic[T]):
@@ -76,6 +77,7 @@ class Rounds(Generic[T]):
         self.tickets = 0  # waiting or running
         self.waiting_rows = 0
         self.running_rows = 0
+        self.under_way = 0  # rounds
         self.waiting_steps = 0  # rows × remaining steps, waiting or running
 
     def admit(self, ticket: T, now: float, claim: Claim = ANYONE) -> None:
@@ -137,19 +139,26 @@ class Rounds(Generic[T]):
 
     def peek(self) -> tuple[T, int, int] | None:
         """The first ticket of the next round, and about how many rows and steps it will have; None where nothing waits."""
-        if not self._waiting:
+        if not self._waiting or self.full:
             return None
         first = self._first()[0]
         return first, min(self.waiting_rows, self.limits.rows) if first.shared else first.rows, self._stride(first)
 
+    @property
+    def full(self) -> bool:
+        """Whether as many rounds are under way as may be."""
+        return 0 < self.limits.lanes <= self.under_way
+
     def first(self) -> float | None:
-        """The place in the order of who is to be served first, to compare engines by."""
+        """The place in the order of who is to be served first, to compare engines by; None where nobody is, or all lanes are taken."""
+        if self.full:
+            return None
         return min((line[0].order for line in self._waiting.values()), default=None)
 
     def next(self, now: float, workers: int | None = None) -> Round[T] | None:
         """The round to run now, its tickets marked running; None where nothing waits. What is here is shared out among
         `workers`, by default the limits'."""
-        if not self._waiting:
+        if not self._waiting or self.full:
             return None
         if workers is None:
             workers = self.limits.workers
@@ -179,6 +188,7 @@ class Rounds(Generic[T]):
             line[:] = [t for t in line if not t.running]
         self.waiting_rows -= rows
         self.running_rows += rows
+        self.under_way += 1
         return Round(first.key, tuple(chosen), steps)
 
     def done(self, round: Round[T], seconds: float) -> None:
@@ -194,6 +204,7 @@ class Rounds(Generic[T]):
             else:
                 ticket.account.steps -= ticket.rows * steps
         self.running_rows -= rows
+        self.under_way -= 1
         self.waiting_steps -= rows * steps
         cost = seconds / (rows * steps)
         known = self._step_seconds

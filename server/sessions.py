@@ -134,6 +134,11 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live) + len(self._away)
 
+    @property
+    def resident(self) -> int:
+        """How many are in memory."""
+        return len(self._live)
+
     def __contains__(self, id: str) -> bool:
         return id in self._live or id in self._away
 

@@ -24,7 +24,7 @@ from server.errands import Errands
 from server.errors import Conflict, Draining, Gone, InvalidInput, NotFound, ServeError, listed
 from server.records import Packed, Record, Unreadable, decode, encode, fits
 from server.sessions import Kept, Session, Sessions
-from server.states import Rows
+from server.states import Rows, here
 from server.store import Durability, MemoryStore, Refusal, Store, StoreFailed
 
 log = logging.getLogger(__name__)
@@ -218,14 +218,16 @@ class Shelf:
         records = []
         every = list(every)
         few = len(every) < 3 or not self.keeps  # than the other rows of a bank would cost
+        near = iter(here([rows for kept in every if (rows := kept.state.rows) is not None]))  # what lies on a device, all at once
         for kept in every:
             memory: Memory = kept.state
-            rows = memory.rows
+            rows = next(near) if memory.rows is not None else None
             if few or rows is None or rows.whole:
-                records.append(_record(kept, wall + kept.ttl))
+                records.append(Record(kept, wall + kept.ttl, rows.arrays() if rows is not None else None, memory.rest))
                 continue
             packed = banks.get(id(rows.bank))
             if packed is None:
+                assert isinstance(rows.bank, tuple), "what lay on a device was copied"
                 packed = banks[id(rows.bank)] = Packed(rows.axes, rows.bank)
             records.append(Record(kept, wall + kept.ttl, None, memory.rest, (packed.count, packed.row(rows.start))))
         return self._store.write(records, removed)

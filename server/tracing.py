@@ -120,6 +120,10 @@ class _Call:
         return self._call.peer
 
     @property
+    def peer_certificate(self) -> bytes | None:
+        return self._call.peer_certificate
+
+    @property
     def deadline(self) -> float | None:
         return self._call.deadline
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
+from typing import Protocol
 
 from server.engine import Clock, Engine, Spent, key
 from server.errors import DeadlineExceeded, Draining, ModelFailed, NotFound, ServeError
@@ -25,6 +26,15 @@ from server.shares import Claim
 from server.shares import Clock as Virtual
 
 log = logging.getLogger(__name__)
+
+
+class Onlooker(Protocol):
+    """Whoever looks on while rounds run (inside.py). Called by the thread that ran them, so it must be quick and never raise."""
+
+    def round(self, engine: Engine, graph: str, round: Round[Sequence], started: float, ended: float) -> None: ...
+
+    def left(self, engine: Engine, sequences: Listed[Sequence], how: str) -> None: ...
+
 
 BRIEF = 0.0025  # seconds: the longest round that the thread which brings work runs itself; for a longer one a worker is worth waking
 WORTH = 0.001  # seconds of running, over all workers, that a sequence must need in all to be worth handing over
@@ -41,6 +51,7 @@ class Workers:
     def __init__(self, threads: int, clock: Clock = time.monotonic, brief: float = BRIEF) -> None:
         self.virtual = Virtual()
         self.after_round: Callable[[], None] = lambda: None  # called by whoever ran a round when all of it was answered
+        self.onlooker: Onlooker | None = None  # None while nobody watches: then it costs one look at this
         self._clock = clock
         self._brief = brief
         self.worth = WORTH / max(1, threads)
@@ -73,7 +84,7 @@ class Workers:
         with self._wake:
             engine.retired = True
             if not engine.rounds.tickets:
-                self._engines = [e for e in self._engines if e is not engine]
+                self._forget(engine)
 
     def submit(self, engine: Engine, sequence: Sequence, claim: Claim) -> None:
         now = self._clock()
@@ -240,6 +251,8 @@ class Workers:
             engine.rounds.done(round, seconds)
         rows = round.rows
         engine.watch.round(engine, graph, len(sequences), rows, round.steps, spent)
+        if (onlooker := self.onlooker) is not None:
+            onlooker.round(engine, graph, round, started, ended)
         again: list[Sequence] = []
         answered: list[Sequence] = []
         for s in sequences:
@@ -292,8 +305,15 @@ class Workers:
                 for s in sequences:
                     engine.rounds.leave(s)
                 if engine.retired and not engine.rounds.tickets:
-                    self._engines = [e for e in self._engines if e is not engine]
+                    self._forget(engine)
             engine.watch.left(engine, sequences, how)
+            if (onlooker := self.onlooker) is not None:
+                onlooker.left(engine, sequences, how)
+
+    def _forget(self, engine: Engine) -> None:
+        """A retired engine has nothing left to do: whoever still knows it must not keep its graphs, and what they have on a device."""
+        self._engines = [e for e in self._engines if e is not engine]
+        engine.graphs = {}
 
 
 def _tell(failed: Callable[[ServeError], None], error: ServeError) -> None:

@@ -19,7 +19,7 @@ from protos import model_config_pb2 as config_pb
 from protos import seqserve_pb2
 from tests import models
 from tests.figures.bench_models import model_b
-from tests.process import ROOT, Served, reason, serve
+from tests.process import FRONTS, ROOT, Served, reason, serve
 from tests.test_server import tokens_request
 
 SERVICE = "/inference.GRPCInferenceService"
@@ -72,9 +72,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["direct", "public"])
+@pytest.fixture(scope="module", params=list(FRONTS))
 def served(request: pytest.FixtureRequest, library: Path) -> Iterator[Served]:
-    with serve(library, "--front", request.param) as server:
+    with serve(library, *FRONTS[request.param]) as server:
         yield server
 
 

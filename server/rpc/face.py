@@ -59,7 +59,7 @@ class Texts(Protocol):
     ) -> Sequence:  # fmt: skip
         """Queue one text; where the task streams, `said` is called with each piece. Raises InvalidInput."""
 
-    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values, Sequence], bytes]) -> Plan:
         """One piece of a sequence's text. Raises InvalidInput where the task takes no pieces."""
 
 
@@ -88,11 +88,11 @@ class _Labels:
         self._model.engine.submit(sequence, claim)
         return sequence
 
-    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values, Sequence], bytes]) -> Plan:
         read = self._task.read(text, rest)
         glance = ({"tokens": read.glance[None]}, Sizes(1, len(read.glance)))
         words = None if read.words is None else ({"tokens": read.words[None]}, Sizes(1, len(read.words)))
-        return Plan(lambda outputs: answer(self.more(outputs)), read.rest, words, glance)
+        return Plan(lambda outputs, ran: answer(self.more(outputs), ran), read.rest, words, glance)
 
 
 class _Translations:
@@ -121,7 +121,7 @@ class _Translations:
 
         return self._task.start(text, Wanted(beam, most), done, failed, told if said is not None else None, claim)
 
-    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values, Sequence], bytes]) -> Plan:
         raise InvalidInput("NO_TURNS", "this model answers whole texts: send them without a sequence_id")
 
 
@@ -155,7 +155,7 @@ class _Continuations:
         wishes = Wishes(Manner(heat, top_k), seed, most, stop)
         return self._task.start(text, wishes, done, failed, drawn if said is not None else None, claim)
 
-    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values, Sequence], bytes]) -> Plan:
         raise InvalidInput("NO_TURNS", "over this protocol TEXT is gone on with at once: send it without a sequence_id")
 
 

@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import grpc
 
@@ -36,6 +36,11 @@ class Call(Protocol):
     @property
     def peer(self) -> str:
         """The caller's address as gRPC writes it, such as `ipv4:127.0.0.1:50412`."""
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        """What the caller proved itself with, in DER, held against the authority by TLS; None without mutual TLS. To be asked for
+        while the call begins."""
 
     @property
     def deadline(self) -> float | None:
@@ -228,6 +233,14 @@ def channel_arguments(options: Options) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         *([("grpc.max_concurrent_streams", options.streams)] if options.streams else []),
     ]
+
+
+def certificate(context: Mapping[Any, Iterable[bytes]] | None) -> bytes | None:
+    """A caller's certificate in DER, from what gRPC knows of its connection; some of its layers have names as bytes."""
+    for key in ("x509_pem_cert", b"x509_pem_cert"):
+        for pem in (context or {}).get(key, ()):
+            return ssl.PEM_cert_to_DER_cert(pem.decode())
+    return None
 
 
 def status_text(message: str) -> str:

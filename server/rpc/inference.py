@@ -166,9 +166,7 @@ class Inference:
             return True
 
         def then(s: Sequence, outputs: Outputs) -> None:
-            told = wire.parameter(b"queue_us", int(s.queued * 1e6)) + wire.parameter(b"run_us", int(s.run * 1e6))
-            told += wire.parameter(b"rounds", s.rounds)
-            answer.done_bytes(usual.response(id, told, outputs))
+            answer.done_bytes(usual.response(id, wire.told(s), outputs))
 
         queued = model.tensors.start_packed(tuple(raw), usual.sizes.steps, then, answer.fail, given.claim(answer))
         answer.cancel_by(lambda: model.engine.cancel(queued))
@@ -196,10 +194,8 @@ class Inference:
                 return
 
         def then(s: Sequence, outputs: Outputs) -> None:
-            told = wire.parameter(b"queue_us", int(s.queued * 1e6)) + wire.parameter(b"run_us", int(s.run * 1e6))
-            told += wire.parameter(b"rounds", s.rounds)
             values = outputs if more is None else more(outputs)
-            answer.done_bytes(self._response(request.id, told, face, wanted, places, values))
+            answer.done_bytes(self._response(request.id, wire.told(s), face, wanted, places, values))
 
         claim = given.claim(answer)
         if packed is None:
@@ -244,7 +240,7 @@ class Inference:
                     return
                 together = {t.name: np.concatenate([outputs[t.name] for outputs in rows.results]) for t in wanted}
                 try:
-                    response = self._response(request.id, b"", face, wanted, places, together)
+                    response = self._response(request.id, wire.told(rows.longest), face, wanted, places, together)
                 except ServeError as e:
                     answer.fail(e)
                 else:
@@ -401,15 +397,16 @@ class _Step(Turn):
     def brought(self, model: Model, rest: str) -> Plan:
         return self.inference.plan(self, rest)
 
-    def reply(self, outputs: Outputs) -> bytes:
+    def reply(self, outputs: Outputs, ran: Sequence) -> bytes:
         texts = self.face.texts
-        return self.reply_texts(outputs if self.chosen is None or texts is None else texts.more(outputs))
+        return self.reply_texts(outputs if self.chosen is None or texts is None else texts.more(outputs), ran)
 
-    def reply_texts(self, outputs: Values) -> bytes:
+    def reply_texts(self, outputs: Values, ran: Sequence) -> bytes:
         wanted, places = self.chosen or (self.face.own, _NOWHERE)
         echo = pb.ModelInferResponse()
         echo.parameters["sequence_id"].CopyFrom(self.request.parameters["sequence_id"])
-        return self.inference._response(self.request.id, echo.SerializeToString(), self.face, wanted, places, outputs)
+        parameters = echo.SerializeToString() + wire.told(ran)
+        return self.inference._response(self.request.id, parameters, self.face, wanted, places, outputs)
 
     def told(self, reply: bytes | ServeError) -> None:
         refused = isinstance(reply, ServeError)
@@ -449,8 +446,8 @@ class _UsualStep(_Step):
     def brought(self, model: Model, rest: str) -> Plan:
         return Plan(self.reply, inputs=(self.raw, self.usual.sizes))
 
-    def reply(self, outputs: Outputs) -> bytes:
-        return self.usual.response(self.name, self.echo, outputs)
+    def reply(self, outputs: Outputs, ran: Sequence) -> bytes:
+        return self.usual.response(self.name, self.echo + wire.told(ran), outputs)
 
 
 def _packed(face: Face, request: pb.ModelInferRequest) -> tuple[tuple[bytes, ...], int] | None:

@@ -29,6 +29,7 @@ from server.rpc.front import (
     Receiver,
     Tls,
     cannot_listen,
+    certificate,
     channel_arguments,
     metadata_fault,
     no_such_method,
@@ -67,6 +68,10 @@ class _Call:
         self._ended: Receiver | None = None  # is to be told that the caller has sent its last message
         self._work = asyncio.Event()  # one of the three above wants something
         self._room = asyncio.Event()  # the queue is at most half full
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        return certificate(self._context.auth_context())
 
     @property
     def waiting(self) -> int:

@@ -76,7 +76,8 @@ class RelayFront(DirectFront):
         if process is None:
             return
         if not (self.draining or self._closed):
-            logger.error("a carrier has ended with status %s; another takes its place", process.poll())
+            process.kill()  # its lane has ended, so it has, or can do nothing any more
+            logger.error("a carrier has ended with status %s; another takes its place", process.wait())
             self._launch()
             return
         try:

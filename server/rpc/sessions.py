@@ -27,8 +27,8 @@ from server.rpc import gate, wire
 from server.rpc.answer import Answer, Desk, malformed
 from server.rpc.front import Call, Method, Receiver
 from server.rpc.generation import read_wishes, write_generated
-from server.rpc.tasks import read_series, write_classification, write_series
-from server.sequence import Inputs, Outputs, Views
+from server.rpc.tasks import read_series, write_classification, write_series, write_timing
+from server.sequence import Inputs, Outputs, Sequence, Views
 from server.sessions import Kept
 from server.shares import Claim
 from server.shelf import Shelf
@@ -346,7 +346,7 @@ def _tensors(model: Model, request: pb.TurnRequest) -> Plan:
     return Plan(partial(_reply, request, graph), inputs=(inputs, check(graph, inputs, 1)))
 
 
-def _reply(request: pb.TurnRequest, graph: Graph, outputs: Views) -> bytes:
+def _reply(request: pb.TurnRequest, graph: Graph, outputs: Views, ran: Sequence) -> bytes:
     """A serialised TurnReply, put together from parts: most of it is the same for every turn of a model."""
     values: list[bytes] = []
     size = 0
@@ -356,7 +356,17 @@ def _reply(request: pb.TurnRequest, graph: Graph, outputs: Views) -> bytes:
         size += len(head) + len(data)
         values += (head, data)
     session = request.session.encode()
-    return b"".join((b"\x0a", wire.varint(len(session)), session, b"\x10", wire.varint(request.turn), b"\x1a", wire.varint(size), *values))
+    number, timing = wire.varint(request.turn), wire.timing(_TIMING, ran)
+    return b"".join((b"\x0a", wire.varint(len(session)), session, b"\x10", number, b"\x1a", wire.varint(size), *values, timing))
+
+
+_TIMING = pb.TurnReply.TIMING_FIELD_NUMBER
+
+
+def _told(request: pb.TurnRequest, ran: Sequence, **output: Message) -> bytes:
+    """A serialised TurnReply of a task."""
+    reply = pb.TurnReply(session=request.session, turn=request.turn, timing=write_timing(ran), **output)  # type: ignore[arg-type]  # one of the oneof
+    return reply.SerializeToString(deterministic=True)
 
 
 @lru_cache(maxsize=1024)
@@ -373,12 +383,12 @@ def _observations(model: Model, request: pb.TurnRequest) -> Plan:
         raise InvalidInput("WRONG_TASK", f"model {model.name!r} can {model.bundle.kind}; it takes no observations", model=model.name)
     inputs, sizes, result = task.plan(read_series(request.observations, task.channels), 0, ())
 
-    def answer(outputs: Outputs) -> bytes:
+    def answer(outputs: Outputs, ran: Sequence) -> bytes:
         f = result(outputs)
         forecast = tasks_pb.ForecastReply(channels=task.channels, mean=write_series(f.mean))
         for quantile, values in f.quantiles:
             forecast.quantiles.add(quantile=quantile, series=write_series(values))
-        return pb.TurnReply(session=request.session, turn=request.turn, forecast=forecast).SerializeToString(deterministic=True)
+        return _told(request, ran, forecast=forecast)
 
     return Plan(answer, inputs=(inputs, sizes))
 
@@ -390,9 +400,9 @@ def _text(model: Model, request: pb.TurnRequest, rest: str) -> Plan:
     read = task.read(request.text, rest)
     tokens = len(read.glance) + (len(read.words) if read.words is not None else 0)
 
-    def answer(outputs: Outputs) -> bytes:
+    def answer(outputs: Outputs, ran: Sequence) -> bytes:
         result = write_classification(task.labels, task.result(outputs, tokens))
-        return pb.TurnReply(session=request.session, turn=request.turn, classification=result).SerializeToString(deterministic=True)
+        return _told(request, ran, classification=result)
 
     glance = ({"tokens": read.glance[None]}, Sizes(1, len(read.glance)))
     if read.words is None:
@@ -409,9 +419,8 @@ def _generate(model: Model, request: pb.TurnRequest, rest: str) -> Plan:
         raise InvalidInput("NAME_NO_MODEL", f"a session has its model, {model.name!r}; leave the turn's empty", model=model.name)
     drawing = task.read(asked.text, read_wishes(asked), (int(rest),) if rest else None)
 
-    def answer(_: Outputs) -> bytes:
-        reply = write_generated(drawing.result())
-        return pb.TurnReply(session=request.session, turn=request.turn, generated=reply).SerializeToString(deterministic=True)
+    def answer(_: Outputs, ran: Sequence) -> bytes:
+        return _told(request, ran, generated=write_generated(drawing.result()))
 
     def more(outputs: Views) -> tuple[Inputs, Sizes] | None:
         drawing.advance(outputs["logits"][0, -1])

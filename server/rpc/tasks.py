@@ -57,7 +57,7 @@ class Tasks:
             def classified(sequence: Sequence, result: Classified) -> None:
                 if not together.put(at, sequence, result):
                     return
-                reply = pb.ClassifyReply(model=_name(model), timing=_timing(together.sequences))
+                reply = pb.ClassifyReply(model=_name(model), timing=write_timing(together.longest))
                 for c in together.results:
                     reply.results.append(write_classification(task.labels, c))
                 answer.done(reply)
@@ -101,7 +101,9 @@ class Tasks:
         observations = read_series(request.observations, task.channels)
 
         def then(sequence: Sequence, result: Forecasted) -> None:
-            reply = pb.ForecastReply(model=_name(model), channels=task.channels, mean=write_series(result.mean), timing=_timing([sequence]))
+            reply = pb.ForecastReply(
+                model=_name(model), channels=task.channels, mean=write_series(result.mean), timing=write_timing(sequence)
+            )
             for quantile, values in result.quantiles:
                 reply.quantiles.add(quantile=quantile, series=write_series(values))
             answer.done(reply)
@@ -120,7 +122,7 @@ class Tasks:
             def tagged(sequence: Sequence, result: Tagged) -> None:
                 if together.put(at, sequence, result):
                     found = map(_tagging, together.results)
-                    answer.done(pb.TagReply(model=_name(model), results=found, timing=_timing(together.sequences)))
+                    answer.done(pb.TagReply(model=_name(model), results=found, timing=write_timing(together.longest)))
 
             return tagged
 
@@ -232,10 +234,8 @@ def _name(model: Model) -> pb.Model:
     return pb.Model(name=model.name, version=model.version)
 
 
-def _timing(sequences: list[Sequence]) -> pb.Timing:
-    """The longest of several sequences that ran side by side."""
-    s = max(sequences, key=lambda s: s.queued + s.run)
-    return pb.Timing(queue=s.queued, run=s.run, rounds=s.rounds)
+def write_timing(ran: Sequence) -> pb.Timing:
+    return pb.Timing(queue=ran.queued, run=ran.run, rounds=ran.rounds)
 
 
 def _wanted(request: pb.TranslateRequest) -> Wanted:
@@ -250,14 +250,14 @@ def _token(said: Said) -> pb.Token:
 def _translation(model: Model, sequence: Sequence, result: Translated) -> pb.TranslateReply:
     return pb.TranslateReply(
         model=_name(model), text=result.text, tokens=map(_token, result.tokens), score=result.score,
-        source_tokens=result.source_tokens, ended=result.ended, timing=_timing([sequence]),
+        source_tokens=result.source_tokens, ended=result.ended, timing=write_timing(sequence),
     )  # fmt: skip
 
 
 def _generated(model: Model, sequence: Sequence, result: Generated) -> pb.GenerateReply:
     reply = write_generated(result)
     reply.model.CopyFrom(_name(model))
-    reply.timing.CopyFrom(_timing([sequence]))
+    reply.timing.CopyFrom(write_timing(sequence))
     return reply
 
 

@@ -121,7 +121,7 @@ class _Translation:
     def encoded(self, sequence: Sequence, outputs: Outputs) -> None:
         self._memory[1] = outputs["memory"][0]
         first = fresh(self._task.step, 1)
-        states = zip(self._task.step.states, first.bank, strict=True)
+        states = zip(self._task.step.states, first.arrays(), strict=True)
         state = Rows(first.axes, tuple(outputs.get(s.input, zeros) for s, zeros in states), 0, 1)
         sequence.then = self.stepped
         self._go_on(sequence, [self._task.begin], state)

@@ -1,5 +1,5 @@
-"""Lean clients for what perf_analyzer does not speak: Turns and Translate of seqserve.v1. Each runs as a process of its own,
-`python -m tests.figures.bench_clients turns|translate`, and prints one line of JSON: calls a second, p50 and p99 in ms.
+"""Lean clients for what perf_analyzer does not speak: Turns, Translate and Classify of seqserve.v1. Each runs as a process of its own,
+`python -m tests.figures.bench_clients turns|translate|classify`, and prints one line of JSON: calls a second, p50 and p99 in ms.
 
 It knows seqserve's messages; it must not know servers' insides, models' weights or what is expected of speed.
 """
@@ -141,17 +141,21 @@ def turns(channel: grpc.Channel, model: str, sessions: int, together: int, strea
     return tally.line()
 
 
-async def translate(port: int, texts: list[str], callers: int, whole: bool, seconds: float) -> str:
-    """Texts translated greedily, `callers` under way at once; `whole`: each text once, else round and round for a while. Replies are
-    taken as bytes and read when all is over: threads and parsing took this client as much of the two cores as the server had."""
-    requests = [tasks.TranslateRequest(text=t, beam=1).SerializeToString() for t in texts]
+async def ask_all(port: int, what: str, texts: list[str], callers: int, whole: bool, seconds: float) -> str:
+    """Texts translated greedily, or classified, one a call, `callers` under way at once; `whole`: each text once, else round and round
+    for a while. Replies are taken as bytes and read when all is over: threads and parsing took this client as much of the two cores as
+    the server had."""
+    requests = [
+        (tasks.TranslateRequest(text=t, beam=1) if what == "translate" else tasks.ClassifyRequest(texts=[t])).SerializeToString()
+        for t in texts
+    ]
     tally = Tally(seconds)
     if whole:
         tally.begin, tally.end = time.perf_counter(), float("inf")
     replies: list[bytes] = []
     numbers = iter(range(len(requests))) if whole else itertools.count()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.max_receive_message_length", -1)]) as channel:
-        ask = channel.unary_unary("/seqserve.v1.Tasks/Translate")
+        ask = channel.unary_unary(f"/seqserve.v1.Tasks/{what.capitalize()}")
 
         async def caller() -> None:
             for number in numbers:
@@ -164,12 +168,18 @@ async def translate(port: int, texts: list[str], callers: int, whole: bool, seco
 
         await asyncio.gather(*(caller() for _ in range(callers)))
     tally.end = min(tally.end, time.perf_counter())
-    return tally.line(tokens=sum(len(tasks.TranslateReply.FromString(reply).tokens) for reply in replies), texts=len(replies))
+    return tally.line(tokens=sum(_tokens(what, reply) for reply in replies), texts=len(replies))
+
+
+def _tokens(what: str, reply: bytes) -> int:
+    if what == "translate":
+        return len(tasks.TranslateReply.FromString(reply).tokens)
+    return sum(result.tokens for result in tasks.ClassifyReply.FromString(reply).results)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.figures.bench_clients", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("what", choices=["turns", "translate"])
+    parser.add_argument("what", choices=["turns", "translate", "classify"])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model", default="model_b")
     parser.add_argument("--sessions", type=int, default=256)
@@ -185,7 +195,7 @@ def main() -> int:
             print(turns(channel, options.model, options.sessions, options.together, options.streams, options.seconds))
         else:
             texts = options.texts.read_text(encoding="utf-8").splitlines()
-            print(asyncio.run(translate(options.port, texts, options.callers, options.whole, options.seconds)))
+            print(asyncio.run(ask_all(options.port, options.what, texts, options.callers, options.whole, options.seconds)))
     return 0
 
 

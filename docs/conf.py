@@ -26,12 +26,12 @@ ROOT = DOCS.parent
 NAV: dict[str, tuple[str, ...]] = {
     "Start": ("concepts", "walkthrough", "models"),
     "Guides": (
-        "guides/onnx", "guides/streamable", "guides/fleet", "guides/gpu", "guides/triton", "guides/observability", "security",
+        "guides/onnx", "guides/streamable", "guides/fleet", "gpu", "guides/triton", "guides/observability", "security",
         "http", "web",
     ),
     "Trouble": ("errors",),
     "Reference": (
-        "reference/sessions", "reference/tasks", "reference/inference", "reference/model_config", "reference/python",
+        "reference/sessions", "reference/tasks", "reference/inside", "reference/inference", "reference/model_config", "reference/python",
         "reference/configuration", "reference/cli", "metrics", "conformance",
     ),
     "Run it": ("deploy", "load", "bench"),

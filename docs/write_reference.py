@@ -33,6 +33,7 @@ MADE = "<!-- written by make reference -->"
 TITLES = {
     "seqserve": ("tasks", "Tasks: seqserve.v1.Tasks"),
     "sessions": ("sessions", "Sessions: seqserve.v1.Sessions"),
+    "inside": ("inside", "Inside: seqserve.v1.Inside"),
     "inference": ("inference", "Open Inference Protocol: inference.GRPCInferenceService"),
     "model_config": ("model_config", "Model configuration, as Triton's clients read it"),
 }

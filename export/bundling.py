@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from contract import bundle as bundles
-from contract.bundle import Bundle, Graph
+from contract.bundle import Bundle, BundleError, Graph
 from export import card, convert, place, to_onnx, verify
 from server.graph import OnnxGraph
 from training import checkpoint, curves, tasks
@@ -67,9 +67,24 @@ def export(run: Path, out: Path, name: str | None = None, scores: Path | None = 
         shown = card.Scores.read(scores, found.name) if scores is not None else card.Scores()
         others = [f for f in sorted(run.glob("*.png")) if f.name != curves.PICTURE]
         pictures = [card.Picture(f, f.stem.replace("-", " ").capitalize()) for f in others]
-        card.write(made, found, kept, task.ABOUT, run, shown, pictures)
+        card.write(made, found, kept, task.ABOUT, run, shown, pictures, _card_before(out, found))
         place.move(made, out)
     return bundles.load(out)
+
+
+def _card_before(out: Path, made: Bundle) -> str:
+    """The card in `out`, if it is of the very bundle that is to take its place; else nothing, and a note of what is lost."""
+    file = out / card.FILE
+    if not file.is_file():
+        return ""
+    text = file.read_text(encoding="utf-8")
+    try:
+        same = bundles.load(out).fingerprint == made.fingerprint
+    except BundleError:
+        same = False
+    if not same and card.section(text, card.PRECISIONS):
+        print(f"note: '{card.PRECISIONS}' in {file} were another bundle's and are left out; make precisions RUN=--write", file=sys.stderr)
+    return text if same else ""
 
 
 def verdict(proof: Mapping[str, Any]) -> str:

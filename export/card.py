@@ -17,6 +17,8 @@ from training.config import parse
 from training.tasks import About
 
 FILE = "README.md"
+PRECISIONS = "Other precisions"
+"""A section that no export writes: `make precisions` measures it, on a bundle that is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,18 @@ class Scores:
 
 
 def write(
-    directory: Path, bundle: Bundle, kept: Checkpoint, about: About, run: Path, scores: Scores, pictures: Sequence[Picture] = ()
-) -> None:
-    """Write the card into a bundle's directory, the learning curve and other pictures beside it."""
+    directory: Path, bundle: Bundle, kept: Checkpoint, about: About, run: Path, scores: Scores, pictures: Sequence[Picture] = (),
+    before: str = "",
+) -> None:  # fmt: skip
+    """Write the card into a bundle's directory, the learning curve and other pictures beside it.
+
+    `before` is an earlier card of the very same bundle: what was measured on it holds, and stays where `scores` has nothing.
+    """
     shown = [p for p in (Picture(run / curves.PICTURE, "Learning curves; dotted: the weights kept."), *pictures) if p.file.is_file()]
     for picture in shown:
         shutil.copyfile(picture.file, directory / picture.file.name)
     size = sum(f.stat().st_size for f in directory.iterdir() if f.suffix == ".onnx")
+    precision = f" --precision {bundle.precision}" if bundle.precision != "float32" else ""
     paragraphs = [
         f"# {about.title}",
         about.use,
@@ -57,14 +64,14 @@ def write(
         "## Design",
         about.design,
         "## Figures",
-        *_figures(kept, scores),
+        *_figures(kept, _rows(scores) or _measured(before)),
         "## Data and licence",
         about.data,
         about.licence,
         "## Limits",
         about.limits,
         "## Making",
-        "```sh\n" + kept.command + f"\npython -m export {_run_of(kept)} --out models/{bundle.name}/1\n```",
+        "```sh\n" + kept.command + f"\npython -m export {_run_of(kept)} --out models/{bundle.name}/1{precision}\n```",
         f"Seed {kept.config['seed']}, weights of step {kept.step} (epoch {kept.epoch + 1})."
         + (f" Code at revision `{kept.revision}`." if kept.revision else ""),
         "<details><summary>Configuration</summary>\n\n```toml\n" + parse(kept.config).to_toml() + "```\n\n</details>",
@@ -72,15 +79,40 @@ def write(
         *_graphs(bundle),
         *(f"![{p.caption}]({p.file.name})" for p in shown),
     ]
-    (directory / FILE).write_text("\n\n".join(p for p in paragraphs if p) + "\n", encoding="utf-8")
+    text = "\n\n".join(p for p in paragraphs if p) + "\n"
+    if also := section(before, PRECISIONS):
+        text = with_section(text, PRECISIONS, also)
+    (directory / FILE).write_text(text, encoding="utf-8")
 
 
-def _figures(kept: Checkpoint, scores: Scores) -> list[str]:
-    lines = ["| measured on | metric | value | floor |", "|---|---|---:|---:|"]
-    for r in scores.rows:
-        lines.append(f"| {r['data']} | {r['metric']} | {_number(r['value'])} | {_floor(r.get('low'), r.get('high'))} |")
+def section(text: str, heading: str) -> str:
+    """What stands under a heading of a card; empty where there is none."""
+    _, _, rest = text.partition(f"\n## {heading}\n")
+    return rest.partition("\n## ")[0].strip()
+
+
+def with_section(text: str, heading: str, body: str) -> str:
+    """The card with a section in place of that of the same heading, or else after the figures."""
+    there = section(text, heading)
+    if there:
+        return text.replace(f"\n## {heading}\n\n{there}\n", f"\n## {heading}\n\n{body}\n")
+    return text.replace("\n## Data and licence\n", f"\n## {heading}\n\n{body}\n\n## Data and licence\n", 1)
+
+
+def _rows(scores: Scores) -> list[str]:
+    return [f"| {r['data']} | {r['metric']} | {_number(r['value'])} | {_floor(r.get('low'), r.get('high'))} |" for r in scores.rows]
+
+
+def _measured(before: str) -> list[str]:
+    """The rows of an earlier card's figures that are not of validation."""
+    lines = [line for line in section(before, "Figures").splitlines() if line.startswith("|")]
+    return [line for line in lines[2:] if not line.startswith("| validation |")]
+
+
+def _figures(kept: Checkpoint, rows: Sequence[str]) -> list[str]:
+    lines = ["| measured on | metric | value | floor |", "|---|---|---:|---:|", *rows]
     lines += [f"| validation | {n.removeprefix('validation_').replace('_', ' ')} | {_number(v)} | |" for n, v in kept.scores.items()]
-    note = "" if scores.rows else "Figures on the test set come from the quality command, which runs this bundle as it is served."
+    note = "" if rows else "Figures on the test set come from the quality command, which runs this bundle as it is served."
     return ["\n".join(lines), note]
 
 

@@ -30,6 +30,9 @@ Array = np.ndarray[Any, Any]
 SMALLEST = 1024
 """Elements of a tensor worth changing: biases and scales are thousandths of a file, and the numbers that err the most."""
 
+TABLE = 65_536
+"""From so many elements on a vector is no bias but a table that is looked up, and counts as weights."""
+
 LARGEST_FLOAT16 = 65504.0
 FLOATING: Mapping[str, Sequence[int]] = {
     "LSTM": (0, 1, 2, 3, 5, 6, 7), "GRU": (0, 1, 2, 3, 5), "RNN": (0, 1, 2, 3, 5),
@@ -162,8 +165,9 @@ def _as_bfloat16(name: str, weights: Array, _: int) -> Kept:
 
 
 def _as_int8(name: str, weights: Array, summed: int) -> Kept:
-    """`summed`: the axis that a product sums over; each place on the others is a channel with a scale of its own."""
-    scale = np.abs(weights).max(axis=summed, keepdims=True) / np.float32(127)
+    """`summed`: the axis that a product sums over; each place on the others is a channel with a scale of its own; a table
+    of single numbers has one for all."""
+    scale = np.abs(weights).max(axis=summed if weights.shape[summed] > 1 else None, keepdims=True) / np.float32(127)
     scale[scale == 0] = 1
     whole = np.rint(weights / scale).astype(np.int8)
     constants = [numpy_helper.from_array(whole, f"{name}_kept"), numpy_helper.from_array(scale, f"{name}_kept_scale")]
@@ -188,10 +192,12 @@ def _summed_axis(model: onnx.ModelProto, tensor: TensorProto) -> int:
 
 
 def _float_weights(model: onnx.ModelProto, smallest: int = 0) -> Iterator[TensorProto]:
-    """The float32 constants that no caller can override; those of `smallest` elements or more in two dimensions at least."""
+    """The float32 constants that no caller can override; those of `smallest` elements or more in two dimensions at
+    least, and tables."""
     inputs = {value.name for value in model.graph.input}
     for tensor in model.graph.initializer:
-        small = math.prod(tensor.dims) < smallest or (smallest and sum(d > 1 for d in tensor.dims) < 2)
+        size = math.prod(tensor.dims)
+        small = size < smallest or (smallest and size < TABLE and sum(d > 1 for d in tensor.dims) < 2)
         if tensor.data_type == TensorProto.FLOAT and not small and tensor.name not in inputs:
             yield tensor
 

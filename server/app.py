@@ -45,9 +45,9 @@ log = logging.getLogger(__name__)
 # times a message, and cost 7 % of a turn.
 COLLECT = (20_000, 20, 50)
 
-# Seconds between two times that malloc gives back what lies free between what is used: 0.5 ms each. Without it threads' arenas went
-# on filling with such pieces, 22 to 27 MiB over ten minutes of mixed load; with it they stayed at 19.
-TRIM_S = 60.0
+# Seconds between two times that memory is given back which large rounds and messages took and nobody uses: 2 ms for onnxruntime's, half
+# of one for malloc's. Without it both only grow, to what the largest moment needed and the pieces between.
+TIDY_S = 60.0
 
 # How long a worker that comes back from a run waits until the front's thread must let go of the interpreter. With Python's own
 # 5 ms rounds were seen to wait 30 ms for their start and end.
@@ -149,7 +149,8 @@ class App:
         )  # fmt: skip
 
     def _tidy(self) -> None:
-        while not self._over.wait(TRIM_S):
+        while not self._over.wait(TIDY_S):
+            graph.shrink()
             _trim()
 
     def reload(self) -> None:

@@ -11,6 +11,7 @@ import functools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,17 @@ _ONNX_DTYPES = {
 }  # fmt: skip
 
 
+_shrinking: deque[ort.RunOptions] = deque(maxlen=1)  # of the next run, if it is to do more than run
+
+
+def shrink() -> None:
+    """Have the next run, of whichever graph, give back what the arena keeps and nobody uses then: after large rounds tens of MiB,
+    which cost 2 ms to give back and as much again to get when they are needed."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    _shrinking.append(options)
+
+
 class OnnxGraph:
     """A graph of a bundle, loaded. `run` may be called from many threads at once and releases the GIL.
 
@@ -64,7 +76,12 @@ class OnnxGraph:
 
     def run(self, feeds: Mapping[str, Array]) -> Sequence[Array]:
         """One round: inputs and states by name → outputs, then next states, in the order of `self.outputs`."""
-        result: Sequence[Array] = self._run(self._names, feeds, self.loaded.options)
+        options = self.loaded.options
+        if _shrinking and options is None:
+            with contextlib.suppress(IndexError):  # another thread's run has taken it
+                options = _shrinking.pop()
+        result: Sequence[Array] = self._run(self._names, feeds, options)
+
         return result
 
     def fresh(self, rows: int) -> Rows:

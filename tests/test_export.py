@@ -222,6 +222,34 @@ def test_test_figures_reach_the_card(run: Path, tmp_path: Path) -> None:
     assert "BLEU" not in text
 
 
+def test_what_was_measured_on_a_bundle_stays_in_its_card(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exported again, the same bundle keeps its test figures and its other precisions; another one keeps neither and says so."""
+    out = tmp_path / "mood" / "1"
+    row = {"model": "mood", "data": "test", "metric": "accuracy", "value": 0.875, "low": 0.5, "high": None}
+    (tmp_path / "quality.json").write_text(json.dumps([row]))
+    bundling.export(run, out, "mood", tmp_path / "quality.json")
+    file = out / card.FILE
+    file.write_text(card.with_section(file.read_text(), card.PRECISIONS, "| float16 | half |"))
+    before = file.read_text()
+    assert before.index("## Figures") < before.index("| float16 | half |") < before.index("## Data and licence")
+    bundling.export(run, out, "mood")
+    assert file.read_text() == before
+    assert capsys.readouterr().err == ""
+    bundling.export(run, out, "mood", precision="float16-weights")
+    assert "| test |" not in file.read_text()
+    assert card.section(file.read_text(), card.PRECISIONS) == ""
+    assert "left out" in capsys.readouterr().err
+
+
+def test_a_section_of_a_card_is_replaced() -> None:
+    """A section takes the place of that of the same heading, whole, and touches no other."""
+    text = "# A\n\n## Figures\n\nf\n\n## Data and licence\n\nd\n"
+    one = card.with_section(text, "Other", "1\n\n1")
+    assert card.section(one, "Other") == "1\n\n1"
+    assert card.with_section(one, "Other", "2") == card.with_section(text, "Other", "2")
+    assert card.section(text, "Other") == ""
+
+
 def test_a_missing_run_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exporting what was never trained exits 1 and says to train."""
     assert command.main([str(tmp_path), "--out", str(tmp_path / "1")]) == 1

@@ -3,6 +3,10 @@ sees what serving gives."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,21 +15,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from contract.bundle import Bundle, validate
-from training.forecaster import QUANTILES, Dims, Forecaster, calibrate, describe, pinball
+from training import __main__ as command
+from training import checkpoint, config, forecaster
+from training.config import ConfigError
+from training.forecaster import QUANTILES, Dims, Forecaster, calibrate, describe, pinball, ridge
 from training.windows import waves
 
 DIMS = Dims(channels=3, lookback=48, horizon=6, hidden=8, dropout=0.0)
 
 
-@pytest.fixture(scope="module")
-def model() -> Forecaster:
+@pytest.fixture(scope="module", params=[False, True], ids=["", "regression"])
+def model(request: pytest.FixtureRequest) -> Forecaster:
     torch.manual_seed(5)
-    made = Forecaster(DIMS).eval()
+    made = Forecaster(replace(DIMS, regression=request.param)).eval()
     with torch.no_grad():
         for weight in made.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
         made.centre.copy_(torch.tensor([1.0, -20.0, 300.0]))
         made.scale.copy_(torch.tensor([2.0, 0.5, 70.0]))
+        if request.param:
+            made.share.fill_(0.4)
     return made
 
 
@@ -82,7 +91,9 @@ def test_training_sees_what_serving_gives(model: Forecaster) -> None:
 
 
 def test_a_shift_of_level_shifts_the_forecast(model: Forecaster) -> None:
-    """Adding a constant to all that was observed adds it to all that is forecast."""
+    """Adding a constant to all that was observed adds it to all that is forecast; a regression leads back to the level it knows."""
+    if model.dims.regression:
+        pytest.skip("knows levels")
     values, shift = series(1, 60), torch.tensor([3.0, -7.0, 500.0])
     with torch.inference_mode():
         here, there = model(values, *fresh(1)), model(values + shift, *fresh(1))
@@ -114,7 +125,7 @@ def test_the_width_is_set_to_cover_what_is_promised(model: Forecaster) -> None:
     values = model.standardise(torch.from_numpy(data.values) * 10)
     batches = [values[n : n + 54][None] for n in range(0, 340, 4)]
     torch.manual_seed(0)
-    made = Forecaster(DIMS).eval()
+    made = Forecaster(model.dims).eval()
     made.load_state_dict(model.state_dict())
     with torch.inference_mode():
         made.width.copy_(torch.tensor(calibrate(made, batches)))
@@ -124,6 +135,45 @@ def test_the_width_is_set_to_cover_what_is_promised(model: Forecaster) -> None:
             for q, b in zip(inside, batches, strict=True)
         ])  # fmt: skip
     assert share == pytest.approx(0.8, abs=0.01) or made.width == pytest.approx(4.0, rel=1e-3)
+
+
+def test_the_regression_reads_each_channel_by_its_own_map() -> None:
+    """A channel's part of the mean is its own window times its own map, and nothing of another channel."""
+    torch.manual_seed(3)
+    made = Forecaster(replace(DIMS, regression=True)).eval()
+    maps = torch.randn(3, DIMS.lookback, DIMS.horizon)
+    with torch.inference_mode():
+        made.regression.weight.copy_(maps.transpose(1, 2).flatten(0, 1))
+        made.share.fill_(0.0)
+        window = torch.randn(2, 3, DIMS.lookback)
+        mean = made.forecast(torch.zeros(2, 3, DIMS.hidden), window).mean
+    torch.testing.assert_close(mean, torch.einsum("ncl,clh->nhc", window, maps), atol=1e-4, rtol=1e-4)
+
+
+def test_ridge_finds_the_map_there_is() -> None:
+    """Of values made by a linear map the solution is that map; a penalty makes it smaller."""
+    random = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 5, 3, generator=random, dtype=torch.float64)
+    past = torch.randn(200, 5, 2, generator=random, dtype=torch.float64)
+    ahead = torch.einsum("nlc,clh->nhc", past, maps)
+    torch.testing.assert_close(ridge(past, ahead, 1e-9), maps)
+    assert ridge(past, ahead, 1e3).norm() < 0.5 * maps.norm()
+
+
+def test_the_share_is_chosen_by_the_validation_months(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with a regression ends with a smaller squared error on the validation months than its LSTM alone has, with the scores of
+    both together in its checkpoint; too many channels are refused."""
+    few = ["--config", "toy", "--no-progress", "--set", "run.epochs=1", "--set", "data.sessions=64", "--set", "model.regression=true"]
+    assert command.main(["forecaster", *few, "--out", str(tmp_path)]) == 0
+    alone = json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])
+    kept = checkpoint.load(tmp_path)
+    assert kept.scores["validation_mse"] < alone["validation_mse"]
+    assert kept.scores.keys() == {name for name in alone if name.startswith("validation_")}
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"] == kept.scores
+    assert 0 <= float(kept.weights["share"]) < 1
+    monkeypatch.setattr(forecaster, "MOST_CHANNELS", 2)
+    with pytest.raises(ConfigError, match="at most 2 channels"):
+        forecaster.prepare(config.load("forecaster", "toy", ["model.regression=true"]), None, tmp_path)
 
 
 def test_the_contract_can_be_served(model: Forecaster) -> None:

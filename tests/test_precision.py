@@ -137,6 +137,31 @@ def tied(directory: Path, largest: float = 1.0) -> Bundle:
     return contract.save(Bundle("tied", {"step": replace(graph, max_time=1)}, "step"), directory)
 
 
+@pytest.mark.parametrize("shape", [(precision.TABLE,), (precision.TABLE, 1)])
+@pytest.mark.parametrize("wanted", precision.WEIGHTS)
+def test_a_table_of_single_numbers_shrinks_and_a_bias_does_not(wanted: str, shape: tuple[int, ...]) -> None:
+    """A long vector is weights too, of int8 with one scale; a short one stays as it is."""
+    table = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    bias = np.ones(precision.SMALLEST, np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["found"]),
+        helper.make_node("Gather", ["bias", "ids"], ["other"]),
+        helper.make_node("ReduceSum", ["found"], ["all"], keepdims=0),
+        helper.make_node("ReduceSum", ["other"], ["both"], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("ids", TensorProto.INT64, [None])],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, []) for n in ("all", "both")],
+        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(bias, "bias")],
+    )  # fmt: skip
+    model = helper.make_model(graph)
+    restored = precision.WEIGHTS[wanted](model)
+    assert set(restored) == {"table"}
+    assert np.abs(restored["table"] - table).max() < 0.03
+    assert model.ByteSize() < 0.6 * table.nbytes
+    onnx.checker.check_model(model)
+
+
 @pytest.mark.parametrize("wanted", convert.ALLOWED)
 def test_a_weight_in_two_places_is_right_in_both(tmp_path: Path, wanted: str) -> None:
     """An embedding that is the output layer too comes through; onnxruntime's quantiser by itself transposes it for both."""

@@ -728,7 +728,7 @@ subject = "CN=client"
 """
 
 
-@pytest.mark.parametrize("front", ["direct", "direct --rpc-processes 2", "public"])
+@pytest.mark.parametrize("front", FRONTS)
 def test_tenants_by_certificate(front: str, certificates: Certificates, library: Path, tmp_path: Path) -> None:
     """Who shows a certificate of an entry is that tenant without a key: its sessions, its role. A key that is shown counts before
     it, right or wrong; who shows neither is told so; and an entry that is taken out is out for connections that are open."""
@@ -737,7 +737,7 @@ def test_tenants_by_certificate(front: str, certificates: Certificates, library:
     pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))
     listed = sessions_pb2.ListRequest()
     with (
-        serve(library, "--front", *front.split(), "--keys", str(file), *pair, "--tls-client-ca", str(certificates.ca)) as server,
+        serve(library, *FRONTS[front], "--keys", str(file), *pair, "--tls-client-ca", str(certificates.ca)) as server,
         ExitStack() as ends,
     ):
 

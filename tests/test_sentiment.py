@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,14 +17,21 @@ from torch import Tensor
 from contract.bundle import Bundle, validate
 from contract.text import Vocabulary
 from training import __main__ as command
-from training import checkpoint, reviews, sentiment
+from training import checkpoint, ngrams, reviews, sentiment
 from training.data import DataError, Source, imdb
 from training.sentiment import Dims, Sentiment
 
 
-def small(layers: int = 1) -> Sentiment:
+def small(layers: int = 1, pairs: int = 0) -> Sentiment:
     torch.manual_seed(0)
-    return Sentiment(Dims(vocabulary=50, embedding=6, hidden=9, layers=layers)).eval()
+    model = Sentiment(Dims(vocabulary=50, embedding=6, hidden=9, layers=layers, pairs=pairs)).eval()
+    if pairs:  # as if fitted: every other pair of words is known
+        model.word_scores.weight.normal_()
+        model.pair_scores.weight.normal_()
+        first, second = torch.arange(0, 50, 2).repeat_interleave(50), torch.arange(50).repeat(25)
+        model.pair_marks[ngrams.bucket(first, second, pairs)] = ngrams.mark(first, second).to(torch.uint8)
+        model.weighed.copy_(torch.tensor([0.5, 2.0, -0.1]))
+    return model
 
 
 def fresh(model: Sentiment, rows: int) -> list[Tensor]:
@@ -30,10 +39,10 @@ def fresh(model: Sentiment, rows: int) -> list[Tensor]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 2), st.lists(st.integers(0, 49), min_size=1, max_size=40), st.data())
-def test_reading_in_pieces_is_reading_the_whole(layers: int, words: list[int], data: st.DataObject) -> None:
+@given(st.integers(1, 2), st.sampled_from([0, 4096]), st.lists(st.integers(0, 49), min_size=1, max_size=40), st.data())
+def test_reading_in_pieces_is_reading_the_whole(layers: int, pairs: int, words: list[int], data: st.DataObject) -> None:
     """However a text is cut, the step's last score is the whole model's, and its states are those of one long step."""
-    model = small(layers)
+    model = small(layers, pairs)
     cuts = sorted(data.draw(st.sets(st.integers(1, len(words)), max_size=4)) | {len(words)})
     tokens = torch.tensor([words])
     with torch.no_grad():
@@ -46,12 +55,15 @@ def test_reading_in_pieces_is_reading_the_whole(layers: int, words: list[int], d
     torch.testing.assert_close(logits, trained, atol=1e-5, rtol=1e-4)
     for found, wanted in zip([logits, *states], whole, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
-    assert states[-1].item() == len(words)
+    assert states[4].item() == len(words)
+    if pairs:
+        assert states[5].item() == words[-1]
 
 
-def test_padding_changes_nothing_in_training() -> None:
+@pytest.mark.parametrize("pairs", [0, 4096])
+def test_padding_changes_nothing_in_training(pairs: int) -> None:
     """A row's score does not depend on how far its batch is padded."""
-    model = small()
+    model = small(pairs=pairs)
     tokens = torch.randint(0, 50, (3, 12))
     lengths = torch.tensor([12, 5, 1])
     with torch.no_grad():
@@ -60,11 +72,56 @@ def test_padding_changes_nothing_in_training() -> None:
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
 
 
-def test_the_contract_is_without_fault() -> None:
+@pytest.mark.parametrize("pairs", [0, 64])
+def test_the_contract_is_without_fault(pairs: int) -> None:
     """What the model's file describes is a valid bundle."""
-    model = small(2)
+    model = small(2, pairs)
     described = Bundle("sentiment", sentiment.describe(model), "step", sentiment.task(model, Path()), {"vocabulary": "tokenizer.json"})
     assert validate(described) == []
+
+
+def test_pairs_are_learnt_and_told_from_strangers() -> None:
+    """What words one by one can't tell, pairs do; rare pairs, and those that only share a known one's place, bring nothing."""
+    good, not_, bad, the = 1, 2, 3, 4
+    random = np.random.default_rng(0)
+    texts, labels = [], []
+    for label in [0, 1] * 40:
+        said = [[good, the, not_, bad], [bad, the, not_, good]][1 - label]
+        texts.append(np.array([the] * int(random.integers(0, 3)) + said))
+        labels.append(label)
+    texts.append(np.array([bad, bad]))
+    labels.append(1)
+    fitted = ngrams.fit(texts, np.array(labels), vocabulary=5, buckets=64, least=2, strength=10.0)
+    assert all((fitted.of(text) > 0) == label for text, label in zip(texts[:-1], labels[:-1], strict=True))
+    assert np.abs(fitted.words[[good, bad]]).max() < np.abs(fitted.pairs).max() / 3
+    known = {(a, b) for text in texts[:-1] for a, b in zip([0, *text[:-1]], text, strict=True)}
+    assert (bad, bad) not in known
+    for a in range(5):
+        for b in range(5):
+            at = ngrams.bucket(a, b, 64)
+            assert (fitted.marks[at] == ngrams.mark(a, b)) == ((a, b) in known), (a, b)
+
+
+def test_the_model_adds_up_what_was_fitted() -> None:
+    """A text's logit is the fitted one, by whichever way it is read; words of the LSTM alone are not touched by it."""
+    model = small(pairs=4096)
+    model.weighed.copy_(torch.tensor([0.0, 1.0, 0.25]))
+    fitted = ngrams.Scores(model.word_scores.weight[:, 0].numpy(), model.pair_scores.weight[:, 0].numpy(), model.pair_marks.numpy(), 0.25)
+    text = torch.randint(0, 50, (1, 30))
+    with torch.no_grad():
+        logits = model(text, torch.tensor([30]))
+    assert logits[0, 1] - logits[0, 0] == pytest.approx(fitted.of(text[0].numpy()), abs=1e-4)
+
+
+def test_both_scores_are_weighed_on_held_out_texts() -> None:
+    """Weights of two logits are those of a logistic regression: a score that says nothing gets none."""
+    random = np.random.default_rng(0)
+    truth = np.array([0, 1] * 500)
+    told, noise = truth * 2 - 1 + random.normal(size=1000), random.normal(size=1000)
+    of_told, of_noise, bias = ngrams.weigh(np.stack([told, noise]), truth)
+    assert of_told == pytest.approx(2.0, abs=0.3)  # two normal classes, two apart, of variance 1
+    assert abs(of_noise) < 0.2
+    assert abs(bias) < 0.2
 
 
 def test_words_are_told_apart_as_reviews_write_them(tmp_path: Path) -> None:
@@ -127,9 +184,12 @@ def test_an_incomplete_archive_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.labels == (0, 1, 1)
 
 
-def test_the_toy_is_learnt_and_its_checkpoint_rebuilds_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pairs", [0, 512])
+def test_the_toy_is_learnt_and_its_checkpoint_rebuilds_the_model(pairs: int, tmp_path: Path) -> None:
     """The toy configuration learns its made-up language, negation too, and the result is loaded in three lines."""
-    assert command.main(["sentiment", "--config", "toy", "--no-progress", "--set", "run.epochs=3", "--out", str(tmp_path)]) == 0
+    few = ["--no-progress", "--set", "run.epochs=3", "--set", f"model.pairs={pairs}"]
+    assert command.main(["sentiment", "--config", "toy", *few, "--out", str(tmp_path)]) == 0
+    assert ("validation_lstm_accuracy" in json.loads((tmp_path / "scores.json").read_text())["scores"]) == bool(pairs)
     kept = checkpoint.load(tmp_path)
     model = sentiment.rebuild(kept.dims)
     model.load_state_dict(dict(kept.weights))

@@ -251,10 +251,13 @@ def test_killed_server(tmp_path: Path) -> None:
             fork = await one.send({"do": "fork", "line": sessions[0], "session": sessions[0], "fork": new_id("fork")})
             while (await one.told()).get("server") != "away":
                 pass
+            late = [await one.send({"do": "open", "line": "b", "session": new_id("late"), "model": "sentiment"})]
+            late.append(await one.send({"do": "models"}))
+            await asyncio.wait_for(one.socket.ping(), WAIT_S)  # and they were read while nobody was there
             with begin():
                 told: dict[int, list[dict[str, Any]]] = {id: [] for id in asked}
                 over = set()
-                while over != {*asked, fork}:
+                while over != {*asked, fork, *late}:
                     message = await one.told()
                     id = message.get("id")
                     if id in told and "turn" in message:

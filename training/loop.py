@@ -244,6 +244,12 @@ def _summary(kept: checkpoint.Checkpoint, row: Mapping[str, float]) -> dict[str,
     }  # fmt: skip
 
 
+def rescore(out: Path, scores: Mapping[str, float]) -> None:
+    """Put other scores into a run's summary, for a model that is finished after its fit."""
+    summary = json.loads((out / SCORES).read_text(encoding="utf-8"))
+    (out / SCORES).write_text(json.dumps({**summary, "scores": dict(scores)}, indent=1) + "\n", encoding="utf-8")
+
+
 def _epochs_done(trainer: lightning.Trainer) -> float:
     batches = trainer.num_training_batches
     part = trainer.fit_loop.epoch_loop.batch_progress.current.ready / batches if batches else 0.0

@@ -6,7 +6,7 @@ It knows the model, its data and how it is cut for serving. It must not know the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from contract import bundle
 from contract.bundle import State as Carried
 from contract.text import Vocabulary
-from training import start
-from training.config import Config, section
+from training import checkpoint, loop, ngrams, start
+from training.config import Config, ConfigError, section
 from training.data import imdb
 from training.data.batches import Batches
 from training.layers import SequenceDropout, remember
@@ -36,7 +36,9 @@ ABOUT = About(
     "validation; the 25,000 test reviews are used for the final figure only.",
     licence="The data set is free for research, to be cited as Maas et al. 2011; the reviews belong to their authors.",
     design="Word embedding, one unidirectional LSTM, and a linear layer over the maximum, the mean and the last of its "
-    "outputs. Maximum, sum and count are carried beside the LSTM's state: cutting a text changes nothing.",
+    "outputs. Beside it a log-linear score: every word and every pair of words in a row brings a number of its own, added up over "
+    "the square root of the length (Wang & Manning 2012). The two scores are weighed by a logistic regression on the validation "
+    "reviews. Maximum, sums, count and the last word are carried beside the LSTM's state: cutting a text changes nothing.",
     limits="Irony, comparisons with other films and long retellings of the plot mislead it; words it has not learnt are "
     "all the same to it; scores after few words say little. Reviews of five and six stars are not in the data, so it "
     "has never seen a lukewarm one.",
@@ -53,6 +55,7 @@ class Dims:
     embedding_dropout: float = 0.3
     dropout: float = 0.5
     word_dropout: float = 0.0  # share of words read as unknown while training
+    pairs: int = 0  # buckets for pairs of words, scored beside the LSTM (ngrams.py); 0: the LSTM alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,11 @@ class Data:
 class Sentiment(nn.Module):
     """Scores of a sequence of words, for training whole and for serving in steps."""
 
+    pair_marks: Tensor
+    weighed: Tensor
+
     def __init__(self, dims: Dims) -> None:
+        """Raises ConfigError where pairs are asked for with other than two labels."""
         super().__init__()
         self.dims = dims
         self.embedding = nn.Embedding(dims.vocabulary, dims.embedding)
@@ -80,9 +87,39 @@ class Sentiment(nn.Module):
         self.lstm = remember(nn.LSTM(dims.embedding, dims.hidden, dims.layers, batch_first=True))
         self.dropout = nn.Dropout(dims.dropout)
         self.head = nn.Linear(3 * dims.hidden, len(dims.labels))
+        if dims.pairs:
+            if len(dims.labels) != 2:
+                raise ConfigError(f"model.pairs: for two labels, not {len(dims.labels)}")
+            # Fitted by themselves, in `finish`; until then the LSTM speaks alone.
+            self.word_scores = nn.Embedding(dims.vocabulary, 1, _weight=torch.zeros(dims.vocabulary, 1), _freeze=True)
+            self.pair_scores = nn.Embedding(dims.pairs, 1, _weight=torch.zeros(dims.pairs, 1), _freeze=True)
+            self.register_buffer("pair_marks", torch.zeros(dims.pairs, dtype=torch.uint8))
+            self.register_buffer("weighed", torch.tensor([1.0, 0.0, 0.0]))  # the LSTM, words and pairs, for all texts alike
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Whole texts, padded: tokens [rows, time], lengths [rows] → logits [rows, labels]."""
+        scores = self.recurrent(tokens, lengths)
+        if not self.dims.pairs:
+            return scores
+        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        nothing = tokens.new_full((len(tokens), 1), ngrams.NOTHING)
+        added = self.added(torch.cat([nothing, tokens[:, :-1]], 1), tokens)  # [rows, time]
+        return self.both(scores, (added * inside).sum(1, keepdim=True), lengths[:, None])
+
+    def added(self, before: Tensor, tokens: Tensor) -> Tensor:
+        """What each word and the pair it ends bring [rows, time]; before: the word before each."""
+        at = ngrams.bucket(before, tokens, self.dims.pairs)
+        known = self.pair_marks[at] == ngrams.mark(before, tokens)
+        added: Tensor = self.word_scores(tokens)[..., 0] + known * self.pair_scores(at)[..., 0]
+        return added
+
+    def both(self, scores: Tensor, said: Tensor, count: Tensor) -> Tensor:
+        """The LSTM's scores [rows, 2] and the sum of what `count` words brought [rows, 1] → logits [rows, 2]."""
+        half = (self.weighed[1] * said / torch.sqrt(count.to(said.dtype)) + self.weighed[2]) / 2
+        return self.weighed[0] * scores + torch.cat([-half, half], 1)
+
+    def recurrent(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """`forward` without the scores of words and pairs."""
         read, _ = self.lstm(self.embedding_dropout(self.embedding(tokens)))  # [rows, time, hidden]
         read = read.float()
         inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
@@ -93,18 +130,31 @@ class Sentiment(nn.Module):
         return scores
 
     def step(
-        self, tokens: Tensor, h: Tensor, c: Tensor, highest: Tensor, total: Tensor, count: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        self, tokens: Tensor, h: Tensor, c: Tensor, highest: Tensor, total: Tensor, count: Tensor,
+        before: Tensor | None = None, said: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """A piece of a text: tokens [rows, time], then the states as `describe` lists them → logits, next states."""
         read, (h, c) = self.lstm(self.embedding(tokens), (h, c))  # [rows, time, hidden]
         # |output| < 1, so -1 is below every output and a fresh maximum of -1 is exact.
         highest = torch.maximum(highest, read.amax(1))
-        # A sum over time depends on where a text was cut, in the last bits, unless it is added up step by step from what
-        # was carried. A cumulative sum does just that.
-        total = torch.cat([total[:, None], read], 1).cumsum(1)[:, -1]
+        total = _add_up(total, read)
         count = count + tokens.shape[1]
         logits = self.head(torch.cat([highest, total / count, h[-1]], -1))
-        return logits, h, c, highest, total, count
+        states = (h, c, highest, total, count)
+        if before is None or said is None:
+            return logits, *states
+        added = self.added(torch.cat([before, tokens[:, :-1]], 1), tokens)
+        said = _add_up(said, added[..., None])
+        return self.both(logits, said, count), *states, tokens[:, -1:], said
+
+
+def _add_up(carried: Tensor, values: Tensor) -> Tensor:
+    """carried [rows, n] and the sum over time of values [rows, time, n].
+
+    A sum over time depends on where a text was cut, in the last bits, unless it is added up step by step from what was
+    carried. A cumulative sum does just that.
+    """
+    return torch.cat([carried[:, None], values], 1).cumsum(1)[:, -1]
 
 
 class SentimentTraining(Training):
@@ -112,8 +162,9 @@ class SentimentTraining(Training):
     monitor_mode = "max"
     starts = True
 
-    def __init__(self, model: Sentiment, config: Config, data: Data, train: Rows, validation: Rows, unknown: int) -> None:
+    def __init__(self, model: Sentiment, config: Config, data: Data, train: Rows, validation: Rows, unknown: int, out: Path) -> None:
         super().__init__(model, asdict(model.dims), config)
+        self.out = out
         self.settings, self.train_rows, self.validation_rows, self.unknown = data, train, validation, unknown
         self.word_dropout = model.dims.word_dropout
 
@@ -146,13 +197,15 @@ class SentimentTraining(Training):
             start.take_over(begin.run, model)
         if begin.word2vec:
             start.take_words(begin.word2vec, vocabulary, model.embedding)
-        return cls(model, config, settings, rows(train, settings.longest), rows(validation, 0), unknown)
+        return cls(model, config, settings, rows(train, settings.longest), rows(validation, 0), unknown, out)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, lengths, labels = batch
         if self.word_dropout:
             tokens = tokens.masked_fill(torch.rand_like(tokens, dtype=torch.float32) < self.word_dropout, self.unknown)
-        logits = self.model(tokens, lengths)
+        model = self.model
+        assert isinstance(model, Sentiment)
+        logits = model.recurrent(tokens, lengths)
         accuracy = (logits.argmax(-1) == labels).float().mean()
         return functional.cross_entropy(logits, labels), {"accuracy": accuracy.detach()}
 
@@ -171,6 +224,43 @@ class SentimentTraining(Training):
     def validation_batches(self) -> DataLoader[Batch]:
         rows = self.validation_rows
         return DataLoader(rows, sampler=Batches(rows.lengths, self.settings.rows, shuffle=False), batch_size=None)
+
+    def on_fit_end(self) -> None:
+        if self.trainer.is_global_zero and self.dims["pairs"]:
+            self.finish()
+
+    def finish(self) -> None:
+        """Fit the scores of words and pairs to the training reviews, whole, and how much they and the LSTM count to the
+        validation reviews; into the checkpoint, whose scores then are those of both together."""
+        kept = checkpoint.load(self.out)
+        model = rebuild(kept.dims)
+        model.load_state_dict(dict(kept.weights))
+        train, held = self.train_rows, self.validation_rows
+        fitted = ngrams.fit(train.tokens, np.asarray(train.labels), model.dims.vocabulary, model.dims.pairs)
+        model.word_scores.weight.copy_(torch.from_numpy(fitted.words)[:, None])
+        model.pair_scores.weight.copy_(torch.from_numpy(fitted.pairs)[:, None])
+        model.pair_marks.copy_(torch.from_numpy(fitted.marks))
+        given, truth = [], []
+        with torch.inference_mode():
+            for tokens, lengths, labels in self.validation_batches():
+                read = model.recurrent(tokens, lengths)
+                given.append((read[:, 1] - read[:, 0]).numpy())
+                truth.append(labels.numpy())
+        right = np.concatenate(truth)
+        order = [place for batch in self.validation_batches().sampler for place in batch]
+        said = np.array([fitted.of(held.tokens[place]) for place in order])
+        each = np.stack([np.concatenate(given).astype(np.float64), said - fitted.bias])
+        weights = ngrams.weigh(each, right)
+        both = weights[:-1] @ each + weights[-1]
+        model.weighed.copy_(torch.tensor(weights))
+        scores = {
+            "validation_accuracy": float(((both > 0) == right).mean()),
+            "validation_loss": float((np.logaddexp(0, both) - right * both).mean()),
+            "validation_lstm_accuracy": kept.scores["validation_accuracy"],
+            "validation_words_and_pairs_accuracy": float(((said > 0) == right).mean()),
+        }
+        checkpoint.save(replace(kept, weights=model.state_dict(), scores=scores), self.out / checkpoint.FILE)
+        loop.rescore(self.out, scores)
 
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -231,13 +321,18 @@ def describe(model: nn.Module) -> dict[str, bundle.Graph]:
         bundle.Tensor("logits", "float32", (bundle.BATCH, labels), "the same before softmax"),
     )
     layered, flat = (dims.layers, bundle.BATCH, hidden), (bundle.BATCH, hidden)
-    states = (
+    states: tuple[Carried, ...] = (
         Carried("h", "next_h", "float32", layered),
         Carried("c", "next_c", "float32", layered),
         Carried("highest", "next_highest", "float32", flat, initial=-1.0),
         Carried("total", "next_total", "float32", flat),
         Carried("count", "next_count", "float32", (bundle.BATCH, 1)),
     )
+    if dims.pairs:
+        states += (
+            Carried("before", "next_before", "int64", (bundle.BATCH, 1), initial=float(ngrams.NOTHING)),
+            Carried("said", "next_said", "float32", (bundle.BATCH, 1)),
+        )
     return {"step": bundle.Graph("step.onnx", (tokens,), outputs, states, max_time=LONGEST)}
 
 
@@ -246,8 +341,11 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, h: Tensor, c: Tensor, highest: Tensor, total: Tensor, count: Tensor) -> tuple[Tensor, ...]:
-        logits, *states = self.model.step(tokens, h, c, highest, total, count)
+    def forward(
+        self, tokens: Tensor, h: Tensor, c: Tensor, highest: Tensor, total: Tensor, count: Tensor,
+        before: Tensor | None = None, said: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        logits, *states = self.model.step(tokens, h, c, highest, total, count, before, said)
         return torch.softmax(logits, -1), logits, *states
 
 

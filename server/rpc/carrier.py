@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 
+from server import logs
 from server.rpc import relay
 from server.rpc.direct_front import DirectFront
 from server.rpc.front import Method, Options, Receiver, Tls, server_stream, stream, unary
@@ -193,6 +194,7 @@ class _Passing:
 def main(argv: list[str]) -> int:
     lane, given = int(argv[0]), json.loads(argv[1])
     logging.basicConfig(level=given["log_level"], format="%(asctime)s carrier %(process)d %(levelname)s %(message)s")
+    logs.hush()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     options = Options(**given["options"])

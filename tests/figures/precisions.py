@@ -1,7 +1,8 @@
 """What each precision of the shipped bundles costs and saves: size, figures on the test set, exactness, time. `make precisions DATA=DIR`.
 
 The figures are the quality command's, over the engine in this process; nothing is held to a floor here. Written as Markdown,
-for docs/log.md and the model cards.
+for docs/log.md and, with --write, into the cards of the bundles. Only float32 bundles can be measured: of one that is shipped in
+another precision, export the run in float32 and name its directory with --models.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from contract import bundle as contract
-from export import convert, draw
+from export import card, convert, draw
 from export.draw import Array
 from server.graph import OnnxGraph
 from tests.figures.quality import MODELS, Asked, Figure, offline
@@ -32,6 +33,11 @@ ROWS = 32
 STEPS = {"sentiment": 32, "translator": 1, "forecaster": 96}  # as calls bring them; of the translator, `step`
 PASSES = 15
 PRECISIONS = ("float32", *convert.ALLOWED)
+NOTE = (
+    "*Batched = alone, cut = whole*: bit for bit; *rounded*: in float16's last digits. Time on one core, the least of "
+    f"{PASSES} passes taken in turn; of the translator, `step`. float16 ran on a CPU, which computes it in float32. What is not "
+    "batched = alone is never shared among callers."
+)
 
 
 @dataclass(slots=True)
@@ -111,19 +117,29 @@ def table(lines: Sequence[Line], steps: int) -> list[str]:
     return text
 
 
+def write(directory: Path, lines: Sequence[str]) -> None:
+    """Into the card of a bundle, in place of what was measured before."""
+    model = directory.parent.name
+    made = f"Made by `seqserve convert models/{model}/1 --precision …`, measured by `make precisions` on the same test data."
+    file = directory / card.FILE
+    body = "\n".join([made, "", *lines, "", NOTE])
+    file.write_text(card.with_section(file.read_text(encoding="utf-8"), card.PRECISIONS, body), encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make precisions", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="directory of the data sets: imdb/, multi30k/, ett/")
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="directory of float32 bundles")
-    parser.add_argument("--only", choices=MODELS, action="append", help="only this model; may be given again")
+    parser.add_argument("--only", choices=STEPS, action="append", help="only this model; may be given again")
     parser.add_argument("--precision", choices=PRECISIONS, action="append", help="only this one; may be given again")
     parser.add_argument("--no-quality", action="store_true", help="sizes, exactness and times only")
     parser.add_argument("--json", type=Path, help="write everything into this file too")
+    parser.add_argument("--write", action="store_true", help="put the tables into the bundles' cards")
     options = parser.parse_args()
     console = Console(stderr=True)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for model in options.only or MODELS:
+        for model in options.only or STEPS:
             directories = {p: made(model, p, options.models, Path(folder)) for p in options.precision or PRECISIONS}
             lines = [line(directory) for directory in directories.values()]
             clocks = [runs(directory, STEPS[model]) for directory in directories.values()]
@@ -135,6 +151,8 @@ def main() -> int:
                     with offline(directory.parent.parent) as asker, Progress(console=console) as progress:
                         at.figures = list(MODELS[model](asker, Asked(progress), options.data))
             print(f"\n{model}\n", *table(lines, STEPS[model]), sep="\n", flush=True)
+            if options.write:
+                write(options.models / model / "1", table(lines, STEPS[model]))
             found[model] = [asdict(at) for at in lines]
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -49,6 +49,7 @@ class _Call:
 
 def _app(directory: Path, store: str) -> App:
     app = App(Config(models=directory / "models", workers=1, store=store))
+    app.workers._brief = 1.0  # on a slow machine too this thread runs every round, as there is no other
     app.catalog.scan(directory / "models")
     return app
 

@@ -28,6 +28,7 @@ T = TypeVar("T", bound=Ticket)
 UNKNOWN_S = 1e-5  # seconds that a step of a row is taken to cost before any ran
 LOOK = 4  # rounds' worth of who waits that is looked through for company: enough, and a long queue costs no more
 STANDS_S = 1.0  # seconds after which a long queue is no burst any more
+OUTLIER = 5.0  # times the mean that one round counts at most: a machine that stood still for a while is no slower after
 QUICKER = 0.5  # of the fastest rounds of late: what a ticket needs at the very least
 
 
@@ -117,7 +118,8 @@ class Rounds(Generic[T]):
                     retry_after=wait, waiting=self.tickets, limit=limits.queue,
                 )  # fmt: skip
         most = min(limits.standing, limits.wait) if self._stands else limits.wait
-        if self.tickets >= limits.rows and self.waiting_steps * self._step_seconds > most * limits.workers:
+        here = self.waiting_rows + self.running_rows  # not those that are being answered, whose callers may be back already
+        if self.tickets >= limits.rows <= here and self.waiting_steps * self._step_seconds > most * limits.workers:
             wait = self._expected(self.accounts.find(claim))
             if wait > most:
                 raise Overloaded(
@@ -205,7 +207,8 @@ class Rounds(Generic[T]):
         self.under_way -= 1
         self.waiting_steps -= rows * steps
         cost = seconds / (rows * steps)
-        self._step_seconds += (cost - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
+        known = self._step_seconds
+        self._step_seconds = known + (min(cost, OUTLIER * known) - known) * 0.1 if known else cost
         pace = seconds / steps
         self._pace = pace if pace < self._pace or not self._pace else self._pace + (pace - self._pace) * 0.02
 

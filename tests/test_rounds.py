@@ -247,3 +247,19 @@ def test_pieces(lengths: list[int], chunk: int, most: int) -> None:
     equals = [Ticket("step", 1, lengths[0]) for _ in lengths]
     chosen, steps = choose(equals[0], equals, most, chunk, lambda rows: 1e-5)
     assert (len(chosen), steps) == (min(most, len(equals)), min(chunk, lengths[0]))
+
+
+def test_a_pause_is_no_overload() -> None:
+    """A round that took a minute, since the machine stood still, doesn't have newcomers refused for what the next ones take."""
+    queue = Flooded(Limits(rows=2, chunk=32, share=1))
+    for _ in range(4):
+        queue.arrive("a", 32)
+    queue.round()
+    round = queue.rounds.next(0.0)
+    assert round is not None
+    queue.rounds.done(round, 60.0)
+    for t in round.tickets:
+        queue.rounds.leave(t)
+    for _ in range(8):
+        queue.arrive("a", 32)
+    assert queue.rounds.expected_wait() < 8 * 32 * 0.001 * 1.5

@@ -10,6 +10,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -147,7 +148,7 @@ def _later(start: Callable[[Callable[[Any, Any], None], Callable[[ServeError], N
 @contextmanager
 def offline(models: Path) -> Iterator[Offline]:
     workers = Workers(2)
-    catalog = Catalog(workers, Limits(workers=2, queue=2 * IN_FLIGHT), Metrics(), 256)
+    catalog = Catalog(workers, Limits(workers=2, queue=2 * IN_FLIGHT, wait=math.inf), Metrics(), 256)
     catalog.scan(models)
     if catalog.refused:
         sys.exit(f"refused bundles: {catalog.refused}")

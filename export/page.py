@@ -161,7 +161,8 @@ def commands(s: System) -> list[str]:
     run = words[words.index("--out") + 1]
     precision = f" --precision {s.bundle.precision}" if s.bundle.precision != "float32" else ""
     export = f"seqserve export {run} --out models.new/{s.name}/1{precision}"
-    return [*s.said.get("first", ()), made, export, "seqserve serve --models models.new", *(one.replace("\n", "\\n") for one in s.said["ask"])]
+    ask = (one.replace("\n", "\\n") for one in s.said["ask"])
+    return [*s.said.get("first", ()), made, export, "seqserve serve --models models.new", *ask]
 
 
 def _proved(bundle: Bundle) -> str:

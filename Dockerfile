@@ -1,7 +1,8 @@
-# One file, four images (docs/deploy.md has their sizes):
+# One file, five images (docs/deploy.md has their sizes):
 #   server  what `docker build .` gives: CPU, the shipped models, no torch
 #   gpu     --target gpu: the same on onnxruntime-gpu with CUDA and cuDNN from their wheels
 #   load    --target load: locust and loadtests/
+#   web     --target web: the HTTP face and the page, before a server
 #   build   what they are made in; not shipped
 # BASE is any image with Python 3.11 or newer as python3 and its venv module.
 ARG BASE=python:3.11.11-slim-bookworm
@@ -14,7 +15,7 @@ ENV PIP="/opt/pip/bin/pip --python /opt/seqserve/bin/python --disable-pip-versio
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
     [open(f'/tmp/{n}.txt', 'w').write('\n'.join(d)) for n, d in {**e, 'base': p['dependencies']}.items()]"
-RUN $PIP install --constraint constraints.txt --requirement /tmp/base.txt --requirement /tmp/redis.txt
+RUN $PIP install --constraint constraints.txt --requirement /tmp/base.txt --requirement /tmp/redis.txt --requirement /tmp/mtls.txt
 
 FROM build AS code
 COPY README.md LICENSE ./
@@ -24,6 +25,7 @@ COPY server server
 COPY seqserve seqserve
 COPY training training
 COPY export export
+COPY web web
 RUN /opt/pip/bin/pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir /wheels .
 
 FROM build AS cpu-built
@@ -41,6 +43,11 @@ RUN $PIP install --constraint constraints.txt --requirement /tmp/loadtest.txt
 COPY --from=code /wheels /wheels
 RUN $PIP install --no-deps /wheels/*.whl
 
+FROM build AS web-built
+RUN $PIP install --constraint constraints.txt --requirement /tmp/web.txt
+COPY --from=code /wheels /wheels
+RUN $PIP install --no-deps /wheels/*.whl
+
 FROM ${BASE} AS run
 # Nothing is written but what is mounted: /var/lib/seqserve for sessions, /tmp where Python insists.
 ENV PATH=/opt/seqserve/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
@@ -54,6 +61,15 @@ WORKDIR /srv
 EXPOSE 8089
 ENTRYPOINT ["locust", "-f", "loadtests/locustfile.py"]
 
+FROM run AS web
+COPY --from=web-built /opt/seqserve /opt/seqserve
+ENV SEQSERVE_WEB_HOST=0.0.0.0 SEQSERVE_WEB_TARGET=server:8001
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=15s --timeout=5s --start-period=10s --retries=3 \
+    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://localhost:8000/healthz', timeout=3)"]
+ENTRYPOINT ["seqserve", "web"]
+
 FROM run AS serving
 ENV SEQSERVE_HOST=0.0.0.0 SEQSERVE_MODELS=/models SEQSERVE_STORE=lmdb:/var/lib/seqserve/sessions
 COPY models /models
@@ -64,6 +80,7 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=30s --retries=3 CMD ["se
 ENTRYPOINT ["seqserve", "serve"]
 
 FROM serving AS gpu
+ENV SEQSERVE_DEVICE=cuda SEQSERVE_MEASURED=/var/lib/seqserve/measured.json
 COPY --from=gpu-built /opt/seqserve /opt/seqserve
 
 FROM serving AS server

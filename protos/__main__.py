@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("protos/inference.proto", "protos/model_config.proto", "protos/seqserve.proto", "protos/sessions.proto")
+SOURCES = (
+    "protos/inference.proto", "protos/inside.proto", "protos/model_config.proto", "protos/seqserve.proto", "protos/sessions.proto",
+)  # fmt: skip
 STUBS = tuple(source.removesuffix(".proto") + end for source in SOURCES for end in ("_pb2.py", "_pb2.pyi"))
 
 

@@ -341,6 +341,7 @@ class TurnReply(_message.Message):
     CLASSIFICATION_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
+    TIMING_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     turn: _builtins.int
     @_builtins.property
@@ -357,7 +358,13 @@ class TurnReply(_message.Message):
 
     @_builtins.property
     def generated(self) -> _seqserve_pb2.GenerateReply:
-        """Without model and timing."""
+        """Without model and timing of its own."""
+
+    @_builtins.property
+    def timing(self) -> _seqserve_pb2.Timing:
+        """Of the run that this turn was applied by, in all its rounds; turns that ran as one have it in common. The same again when
+        the turn is sent again: a reply is kept as it was. Absent in a refusal.
+        """
 
     def __init__(
         self,
@@ -369,10 +376,11 @@ class TurnReply(_message.Message):
         classification: _seqserve_pb2.Classification | None = ...,
         refusal: Global___Refusal | None = ...,
         generated: _seqserve_pb2.GenerateReply | None = ...,
+        timing: _seqserve_pb2.Timing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "forecast", b"forecast", "generated", b"generated", "output", b"output", "refusal", b"refusal", "tensors", b"tensors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "forecast", b"forecast", "generated", b"generated", "output", b"output", "refusal", b"refusal", "tensors", b"tensors", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "forecast", b"forecast", "generated", b"generated", "output", b"output", "refusal", b"refusal", "session", b"session", "tensors", b"tensors", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classification", b"classification", "forecast", b"forecast", "generated", b"generated", "output", b"output", "refusal", b"refusal", "session", b"session", "tensors", b"tensors", "timing", b"timing", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_output: _TypeAlias = _typing.Literal["tensors", "forecast", "classification", "refusal", "generated"]  # noqa: Y015
     _WhichOneofArgType_output: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015

@@ -7,6 +7,7 @@ in `aio_session`. One client belongs to one event loop: the connection is made a
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -15,7 +16,7 @@ import grpc
 import grpc.aio
 from numpy.typing import ArrayLike
 
-from seqserve import errors, generation, inference, results, retry, sessions, turns, wire
+from seqserve import errors, generation, inference, inside, results, retry, sessions, turns, wire
 from seqserve.aio_session import AsyncSession
 from seqserve.client import OPTIONS, RETRIES, TIMEOUT
 
@@ -43,6 +44,7 @@ class AsyncClient:
         self._metadata = tuple(metadata)
         self._retries = retries
         self._closed = False
+        self._owner = True
         self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
         self._unary: dict[str, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {}
@@ -54,10 +56,23 @@ class AsyncClient:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
+    def with_metadata(self, metadata: Sequence[tuple[str, str | bytes]]) -> AsyncClient:
+        """A client on the same connection that sends this metadata in place of this one's: for those who call on behalf of
+        several. The connection is closed with the first of them; who closes one of the others only ends its own retries."""
+        self._connected()
+        twin = copy.copy(self)
+        twin._metadata = tuple(metadata)
+        twin._owner = False
+        return twin
+
+    async def call(self, call: wire.Call[R], *, timeout: float | None = None) -> R:
+        """A call made by `wire`, `sessions` or `inference`: for those who carry calls rather than make them."""
+        return await self._call(call, timeout)
+
     async def close(self) -> None:
         """Ends the connection; calls in flight are cancelled."""
         self._closed = True
-        if self._channel is not None:
+        if self._channel is not None and self._owner:
             await self._channel.close(None)
 
     @overload
@@ -201,6 +216,12 @@ class AsyncClient:
     async def sessions(self, limit: int = 0, after: str = "", *, timeout: float | None = None) -> list[results.SessionInfo]:
         """The open sessions by id, at most `limit` of them (0: 1,000), from the first id after `after`."""
         return await self._call(sessions.listed(limit, after), timeout)
+
+    def watch(self, interval: float = 0.0, rounds: int = 0, *, timeout: float | None = None) -> AsyncGenerator[inside.Picture, None]:
+        """What the server is doing: a picture at once and one after every `interval` seconds (0: 0.25), each with the newest
+        `rounds` that ended since the last (0: 200), until `timeout` or until it is closed. Where the server asks for keys it is
+        for operators."""
+        return self._stream(inside.watch(interval, rounds), timeout)
 
     async def models(self, *, timeout: float | None = None) -> list[results.Model]:
         """What the server serves, every version of it."""

@@ -23,6 +23,7 @@ SERVER = "localhost:8001"
 
 ROOMS: Mapping[str, tuple[str, str]] = {
     "serve": ("start a server", "cpu"),
+    "web": ("open a running server to HTTP and browsers", "web"),
     "train": ("train a model from data", "train"),
     "compare": ("train one task with each kind of recurrent cell; a table and a picture", "train"),
     "export": ("turn a trained model into a bundle that can be served", "train"),

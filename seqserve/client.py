@@ -7,6 +7,7 @@ Safe to use from many threads and from greenlets: it keeps no state between call
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import Any, TypeVar, overload
 import grpc
 from numpy.typing import ArrayLike
 
-from seqserve import errors, generation, inference, results, retry, sessions, turns, wire
+from seqserve import errors, generation, inference, inside, results, retry, sessions, turns, wire
 from seqserve.session import Session
 
 R = TypeVar("R")
@@ -32,7 +33,7 @@ OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.keepalive_timeout_ms", 20_000),
     # Without these a channel that found nobody fails at once for a full second, and the retries with it.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 
 
@@ -63,6 +64,7 @@ class Client:
         self._metadata = tuple(metadata)
         self._retries = retries
         self._closed = False
+        self._owner = True
         if credentials is None:
             self._channel = grpc.insecure_channel(target, OPTIONS)
         else:
@@ -76,10 +78,23 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def with_metadata(self, metadata: Sequence[tuple[str, str | bytes]]) -> Client:
+        """A client on the same connection that sends this metadata in place of this one's: for those who call on behalf of
+        several. The connection is closed with the first of them; who closes one of the others only ends its own retries."""
+        twin = copy.copy(self)
+        twin._metadata = tuple(metadata)
+        twin._owner = False
+        return twin
+
+    def call(self, call: wire.Call[R], *, timeout: float | None = None) -> R:
+        """A call made by `wire`, `sessions` or `inference`: for those who carry calls rather than make them."""
+        return self._call(call, timeout)
+
     def close(self) -> None:
         """Ends the connection; calls in flight are cancelled."""
         self._closed = True
-        self._channel.close()
+        if self._owner:
+            self._channel.close()
 
     @overload
     def classify(self, text: str, model: str = "", version: str = "", *, timeout: float | None = None) -> results.Classification: ...
@@ -222,6 +237,12 @@ class Client:
     def sessions(self, limit: int = 0, after: str = "", *, timeout: float | None = None) -> list[results.SessionInfo]:
         """The open sessions by id, at most `limit` of them (0: 1,000), from the first id after `after`."""
         return self._call(sessions.listed(limit, after), timeout)
+
+    def watch(self, interval: float = 0.0, rounds: int = 0, *, timeout: float | None = None) -> Generator[inside.Picture, None]:
+        """What the server is doing: a picture at once and one after every `interval` seconds (0: 0.25), each with the newest
+        `rounds` that ended since the last (0: 200), until `timeout` or until it is closed. Where the server asks for keys it is
+        for operators."""
+        return self._stream(inside.watch(interval, rounds), timeout)
 
     def models(self, *, timeout: float | None = None) -> list[results.Model]:
         """What the server serves, every version of it."""

@@ -50,9 +50,8 @@ def request(
     )
 
 
-def generated(reply: pb.GenerateReply, model: str = "", version: str = "") -> results.Generation:
-    """A call's reply, or a turn's, which names no model."""
-    timing = results.Timing(reply.timing.queue, reply.timing.run, reply.timing.rounds)
+def generated(reply: pb.GenerateReply, model: str = "", version: str = "", timing: results.Timing | None = None) -> results.Generation:
+    """A call's reply, or a turn's, which names no model and whose timing stands beside it."""
     return results.Generation(
         reply.text,
         tuple(map(_symbol, reply.tokens)),
@@ -62,7 +61,7 @@ def generated(reply: pb.GenerateReply, model: str = "", version: str = "") -> re
         reply.unknown,
         reply.model.name or model,
         reply.model.version or version,
-        timing,
+        timing or wire.read_timing(reply.timing),
     )
 
 

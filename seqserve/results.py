@@ -37,7 +37,7 @@ class Classification:
     tokens: int  # read; for a turn of a session, those it brought
     model: str
     version: str
-    timing: Timing = field(compare=False)  # of the whole request; a session's turns do not tell theirs
+    timing: Timing = field(compare=False)  # of the whole request
 
     def __repr__(self) -> str:
         return f"<Classification {self.label} {self.score:.1%}, {self.tokens} tokens>"
@@ -202,6 +202,7 @@ class Tensors(Mapping[str, Array]):
     outputs: Mapping[str, Array]
     model: str
     version: str
+    timing: Timing = Timing()
 
     def __getitem__(self, name: str) -> Array:
         return self.outputs[name]

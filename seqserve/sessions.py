@@ -47,7 +47,7 @@ def bringing(exported: bytes, id: str) -> Wanted:
 
 def listed(limit: int, after: str) -> Call[list[results.SessionInfo]]:
     request = pb.ListRequest(limit=count("limit", limit), after=string("after", after))
-    return Call(SERVICE + "List", request.SerializeToString(), lambda raw: [_info(i) for i in parse(pb.ListReply, raw).sessions])
+    return Call(SERVICE + "List", request.SerializeToString(), lambda raw: [info(i) for i in parse(pb.ListReply, raw).sessions])
 
 
 def new_id(id: str) -> str:
@@ -154,9 +154,9 @@ def over(failure: errors.Error) -> bool:
 
 
 def _named(method: str, id: str, request: Message) -> Call[results.SessionInfo]:
-    return Call(SERVICE + method, request.SerializeToString(), lambda raw: _info(parse(pb.SessionInfo, raw)), metadata=metadata(id))
+    return Call(SERVICE + method, request.SerializeToString(), lambda raw: info(parse(pb.SessionInfo, raw)), metadata=metadata(id))
 
 
-def _info(info: pb.SessionInfo) -> results.SessionInfo:
-    model = info.model
-    return results.SessionInfo(info.session, model.name, model.version, info.turn, info.acknowledged, info.ttl, info.fingerprint)
+def info(sent: pb.SessionInfo) -> results.SessionInfo:
+    model = sent.model
+    return results.SessionInfo(sent.session, model.name, model.version, sent.turn, sent.acknowledged, sent.ttl, sent.fingerprint)

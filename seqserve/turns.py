@@ -19,7 +19,7 @@ from protos import sessions_pb2 as pb
 from seqserve import errors, results, tensors
 from seqserve import generation as generate
 from seqserve.results import Answer
-from seqserve.wire import Call, classification, forecasted, numbers, parse, series, string
+from seqserve.wire import Call, classification, forecasted, numbers, parse, read_timing, series, string
 
 Observations = NDArray[Any] | float | Sequence[float] | Sequence[Sequence[float]] | Sequence[NDArray[Any]]
 Inputs = Mapping[str, Any]  # tensors by name
@@ -158,17 +158,18 @@ class Line:
             return e
 
     def _read(self, reply: pb.TurnReply) -> Answer:
+        timing = read_timing(reply.timing)
         match reply.WhichOneof("output"):
             case "classification":
-                return classification(reply.classification, self.model, self.version, results.Timing())
+                return classification(reply.classification, self.model, self.version, timing)
             case "forecast":
-                return forecasted(reply.forecast, self.model, self.version)
+                return forecasted(reply.forecast, self.model, self.version, timing)
             case "tensors":
                 listed = reply.tensors.tensors
                 outputs = {t.name: tensors.unpack(t.name, t.datatype, t.shape, t.data) for t in listed}
-                return results.Tensors(outputs, self.model, self.version)
+                return results.Tensors(outputs, self.model, self.version, timing)
             case "generated":
-                return generate.generated(reply.generated, self.model, self.version)
+                return generate.generated(reply.generated, self.model, self.version, timing)
             case other:
                 raise errors.bad_reply(f"turn {reply.turn} of session {reply.session!r} has no output this release knows ({other})")
 

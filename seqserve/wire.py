@@ -48,7 +48,7 @@ def classify(text: str | Sequence[str], model: str, version: str) -> Call[result
         reply = parse(pb.ClassifyReply, raw)
         if len(reply.results) != len(texts):
             raise errors.bad_reply(f"{len(reply.results)} results for {len(texts)} texts")
-        timing = _timing(reply.timing)
+        timing = read_timing(reply.timing)
         made = [classification(c, reply.model.name, reply.model.version, timing) for c in reply.results]
         return made[0] if isinstance(text, str) else made
 
@@ -88,7 +88,7 @@ def forecast(observations: ArrayLike, horizon: int, quantiles: Sequence[float], 
 
     def read(raw: bytes) -> results.Forecast:
         reply = parse(pb.ForecastReply, raw)
-        return forecasted(reply, reply.model.name, reply.model.version)
+        return forecasted(reply, reply.model.name, reply.model.version, read_timing(reply.timing))
 
     return Call(TASKS + "Forecast", request.SerializeToString(), read)
 
@@ -103,7 +103,7 @@ def tag(given: str | Sequence[str | Sequence[str]], model: str, version: str) ->
         if len(reply.results) != len(inputs):
             raise errors.bad_reply(f"{len(reply.results)} results for {len(inputs)} texts")
         texts = (g if isinstance(g, str) else " ".join(g) for g in inputs)
-        timing = _timing(reply.timing)
+        timing = read_timing(reply.timing)
         made = [
             results.Tagging(tuple(map(_span, r.spans)), text, r.words, reply.model.name, reply.model.version, timing)
             for r, text in zip(reply.results, texts, strict=True)
@@ -185,11 +185,11 @@ def classification(c: pb.Classification, model: str, version: str, timing: resul
     return results.Classification(c.label, c.score, {s.label: s.score for s in c.scores}, c.tokens, model, version, timing)
 
 
-def forecasted(reply: pb.ForecastReply, model: str, version: str) -> results.Forecast:
+def forecasted(reply: pb.ForecastReply, model: str, version: str, timing: results.Timing) -> results.Forecast:
     channels = len(reply.channels)
     quantiles = {_decimal(q.quantile): _matrix(q.series, channels) for q in reply.quantiles}
     mean = _matrix(reply.mean, channels)
-    return results.Forecast(tuple(reply.channels), mean, quantiles, model, version, _timing(reply.timing))
+    return results.Forecast(tuple(reply.channels), mean, quantiles, model, version, timing)
 
 
 def count(what: str, value: int) -> int:
@@ -202,7 +202,7 @@ def model_named(name: str, version: str) -> pb.Model:
     return pb.Model(name=string("model", name), version=string("version", version))
 
 
-def _timing(timing: pb.Timing) -> results.Timing:
+def read_timing(timing: pb.Timing) -> results.Timing:
     return results.Timing(timing.queue, timing.run, timing.rounds)
 
 
@@ -230,7 +230,7 @@ def _translation(reply: pb.TranslateReply) -> results.Translation:
         reply.ended,
         reply.model.name,
         reply.model.version,
-        _timing(reply.timing),
+        read_timing(reply.timing),
     )
 
 

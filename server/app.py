@@ -8,23 +8,24 @@ import gc
 import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
-
-from server import shelf
-from server.catalog import Catalog
-from server.config import Config
+from server import graph, shelf
+from server.catalog import Catalog, Trials
+from server.config import MEASURED, Config
+from server.devices import CPU, Device, Placement, parse
 from server.engine import Watch
+from server.inside import Feed
 from server.keys import Keys
 from server.metrics import Metrics
 from server.rounds import Limits
-from server.rpc import health, inference, inference_stream, repository, sessions, tasks
+from server.rpc import health, inference, inference_stream, inside, repository, sessions, tasks
 from server.rpc.answer import Desk
-from server.rpc.front import Options, choose_front
+from server.rpc.front import Method, Options, Tls, choose_front
 from server.rpc.gate import Gate
 from server.rpc.parameters import SERVICE
 from server.rpc.settings import Settings
@@ -44,9 +45,15 @@ log = logging.getLogger(__name__)
 # times a message, and cost 7 % of a turn.
 COLLECT = (20_000, 20, 50)
 
+# Seconds between two times that memory is given back which large rounds and messages took and nobody uses: 2 ms for onnxruntime's, half
+# of one for malloc's. Without it both only grow, to what the largest moment needed and the pieces between.
+TIDY_S = 60.0
+
 # How long a worker that comes back from a run waits until the front's thread must let go of the interpreter. With Python's own
 # 5 ms rounds were seen to wait 30 ms for their start and end.
 SWITCH_S = 0.0005
+
+ROWS, CHUNK = 64, 32  # of a round on a CPU, where nothing else is said
 
 
 class App:
@@ -56,18 +63,27 @@ class App:
         self.config = config
         self.metrics = Metrics()
         self.tracing, self.workers, watch = _traced(config, self.metrics)
-        limits = Limits(rows=config.max_rows, chunk=config.chunk, queue=config.max_queue, wait=config.max_wait, workers=config.workers)
+        placement = _placement(config)
+        trials = _trials(config, placement)
+        limits = Limits(
+            rows=trials.rows or ROWS, chunk=trials.chunk or CHUNK, queue=config.max_queue, wait=config.max_wait,
+            standing=config.standing_wait, workers=config.workers,
+        )  # fmt: skip
         statistics = Statistics(watch)
-        self.catalog = Catalog(self.workers, limits, statistics, config.max_request_rows)
+        self.catalog = Catalog(self.workers, limits, statistics, config.max_request_rows, placement, trials)
         self.store = open_store(config.store, config.durability)
         room = shelf.Limits(config.max_sessions, config.resident_sessions, config.session_ttl)
         self.shelf = Shelf(self.catalog, self.store, room, moves=config.move_sessions == "compatible")
         self.turns = Turns(self.shelf, self.workers)
         regions = Regions(config.allow_shared_memory)
         infer = inference.Inference(self.catalog, self.shelf, self.turns, lambda: self.health.serving, regions, config)
-        services = [SERVICE, tasks.SERVICE, sessions.SERVICE, health.SERVICE]
+        feed = Feed(self.workers)
+        self.inside = inside.Inside(feed, self.catalog, self.shelf, statistics, config.workers, lambda: self.front.live)
+        services = [SERVICE, tasks.SERVICE, sessions.SERVICE, inside.SERVICE, health.SERVICE]
         self.health = health.Health(services)
         self.keys = Keys(config.keys, config.keys_interval) if config.keys is not None else None
+        if self.keys is not None and self.keys.certified and config.tls_client_ca is None:
+            raise ValueError(f"{config.keys} has certificates, which callers can only show with --tls-client-ca")
         desk = Desk(self.metrics, config.access_log, Gate(self.keys) if self.keys is not None else None)
         methods = {
             **infer.methods(desk),
@@ -78,17 +94,25 @@ class App:
             **Settings().methods(desk),
             **tasks.Tasks(self.catalog, lambda: self.health.serving).methods(desk),
             **sessions.Sessions(self.shelf, self.turns).methods(desk),
+            **self.inside.methods(desk),
             **self.health.methods(desk),
             **(health.reflect(services, desk) if config.reflection else {}),
         }
-        options = Options(max_receive_bytes=config.max_message_bytes, streams=config.connection_streams)
+        options = Options(
+            max_receive_bytes=config.max_message_bytes,
+            streams=config.connection_streams,
+            keepalive_s=config.keepalive,
+            processes=config.rpc_processes,
+        )
         if self.tracing is not None:
             methods = self.tracing.methods(methods)
-        self.front = choose_front(config.front)(methods, options, self.workers)
+        self.methods: Mapping[str, Method] = methods
+        self.front = choose_front(config.front, config.rpc_processes)(methods, options, self.workers)
         self.metrics.watch_server(self.shelf, config.workers, lambda: self.front.live)
         self.port = 0
         self.metrics_port = -1
         self._stop_metrics: Callable[[], None] = lambda: None
+        self._over = threading.Event()
 
     def start(self) -> None:
         """Load every bundle, listen, serve. Raises OSError where the port is taken, FileNotFoundError without models."""
@@ -100,7 +124,7 @@ class App:
         for model in models:
             self.metrics.watch_queue(model.engine)
         self.metrics.models([("ready", len(models)), ("refused", len(self.catalog.refused))])
-        self.port = self.front.listen(f"{self.config.host}:{self.config.port}", _credentials(self.config))
+        self.port = self.front.listen(f"{self.config.host}:{self.config.port}", _tls(self.config))
         if self.config.metrics_port >= 0:
             self.metrics_port, self._stop_metrics = self.metrics.serve(self.config.host, self.config.metrics_port)
         self.workers.start()
@@ -113,6 +137,7 @@ class App:
         _trim()
         gc.freeze()  # what is there now stays: models, code
         gc.set_threshold(*COLLECT)
+        threading.Thread(target=self._tidy, name="memory", daemon=True).start()
         sys.setswitchinterval(SWITCH_S)
         self.front.start()
         self.health.set(True)
@@ -123,6 +148,11 @@ class App:
             self.metrics_port if self.metrics_port >= 0 else "off", time.monotonic() - began,
         )  # fmt: skip
 
+    def _tidy(self) -> None:
+        while not self._over.wait(TIDY_S):
+            graph.shrink()
+            _trim()
+
     def reload(self) -> None:
         """Read the keys' file anew."""
         if self.keys is not None:
@@ -131,8 +161,10 @@ class App:
     def stop(self) -> None:
         """Take nothing new, finish what runs, end what is left after `drain_seconds`."""
         began = time.monotonic()
+        self._over.set()
         self.health.set(False)
         self.health.end()
+        self.inside.end()
         self.front.drain()
         done = self.workers.drain(self.config.drain_seconds)
         left = max(0.0, self.config.drain_seconds - (time.monotonic() - began))
@@ -160,18 +192,41 @@ def _traced(config: Config, metrics: Metrics) -> tuple[Tracing | None, Workers, 
     return traced, workers, TracedWatch(metrics, workers, traced.tracer)
 
 
+def _placement(config: Config) -> Placement:
+    """Where rounds run. Raises ValueError where what is asked for is not there."""
+    devices = parse(config.device)
+    if not devices:
+        why = graph.missing(Device("cuda"), config.tf32)
+        if why is not None:
+            log.warning("no GPU, so rounds run on the CPU: %s", why)
+        devices = (Device("cuda"),) if why is None else (CPU,)
+    for device in devices:
+        if (why := graph.missing(device, config.tf32)) is not None:
+            raise ValueError(f"--device {device}: {why}; --device auto runs on the CPU then")
+    near = devices[0].near
+    return Placement(
+        devices, config.state == "device" or (config.state == "auto" and not near), config.device_state_mb << 20,
+        min(config.max_sessions, config.resident_sessions), config.row_buckets, config.cuda_graphs, config.tf32,
+    )  # fmt: skip
+
+
+def _trials(config: Config, placement: Placement) -> Trials:
+    near = placement.devices[0].near
+    rows, chunk = (
+        given if given > 0 else None if given == MEASURED or not near else usual
+        for given, usual in ((config.max_rows, ROWS), (config.chunk, CHUNK))
+    )
+    return Trials(rows, chunk, config.measure_seconds, config.measured)
+
+
 def _trim() -> None:
-    """Give back to the system what loading has freed: 14 of 150 MB with three models. glibc's own, and nothing elsewhere."""
+    """Give back to the system what was freed; by loading three models, 14 of 150 MB. glibc's own, and nothing elsewhere."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _credentials(config: Config) -> grpc.ServerCredentials | None:
-    if config.tls_cert is None or config.tls_key is None:
-        return None
-    ca = config.tls_client_ca.read_bytes() if config.tls_client_ca else None
-    pair = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
-    return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+def _tls(config: Config) -> Tls | None:
+    return None if config.tls_cert is None or config.tls_key is None else Tls(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
 def _write(file: Path, text: str) -> None:

@@ -1,28 +1,28 @@
 """All engines: bundles on disk → models that can be called; names and versions → one of them.
 
 A bundle is checked in full before it serves: its description, its files, its graphs against its description, its task,
-and a first run of every graph. A damaged one is refused with every fault listed, and the others serve on.
+and a first run of every graph; on a GPU, that it answers as on the CPU (loading.py). A damaged one is refused with every fault listed,
+and the others serve on. A model has an engine for each device.
 """
 
 from __future__ import annotations
 
 import logging
-import time
+import weakref
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from contract import bundle as contract
-from contract.bundle import BATCH, TIME, Bundle, BundleError, Graph, Tensor, is_ragged
+from contract.bundle import Bundle, BundleError, Graph
 from server import dropin
-from server.engine import Engine, Watch
+from server.devices import Placement
+from server.engine import Engine, Spent, Watch
 from server.errors import NotFound, listed
-from server.graph import OnnxGraph
-from server.inputs import spell
+from server.loading import Loader, Trials
 from server.rounds import Limits
+from server.sequence import Sequence
 from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
 from server.tasks.generate import Generator
@@ -71,9 +71,17 @@ class Catalog:
     Where there is no bundle.json but one ONNX file, its contract is proposed from the file itself (dropin.py).
     """
 
-    def __init__(self, workers: Workers, limits: Limits, watch: Watch, most_rows: int) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        limits: Limits,
+        watch: Watch,
+        most_rows: int,
+        placement: Placement | None = None,
+        trials: Trials | None = None,
+    ) -> None:
         self._workers = workers
-        self._limits = limits
+        self._loader = Loader(placement or Placement(), trials or Trials(limits.rows, limits.chunk), limits)
         self._watch = watch
         self._most_rows = most_rows
         self._directory = Path()
@@ -107,26 +115,12 @@ class Catalog:
         bundle = dropin.bundle(directory, name) if dropin.is_one(directory) else contract.load(directory)
         if bundle.name != name:
             raise BundleError(str(directory), [f"the bundle is named {bundle.name!r}: rename the directory or export it anew"])
-        graphs: dict[str, OnnxGraph] = {}
-        faults = _task_faults(bundle)
-        ran: list[tuple[str, int, float]] = []
-        for key, graph in bundle.graphs.items():
-            try:
-                graphs[key] = OnnxGraph(graph, directory / graph.file)
-                found, times = _first_run(graphs[key])
-                faults += [f"graph {key!r}: {fault}" for fault in found]
-                ran += [(key, rows, seconds) for rows, seconds in times]
-            except BundleError as e:
-                faults += [f"graph {key!r}: {fault}" for fault in e.faults]
-        if faults:
-            raise BundleError(str(directory), faults)
-        engine = Engine(bundle, version, graphs, self._workers, self._limits, self._watch)
-        for which, rows, seconds in ran:
-            engine.costs.learn(which, rows, 1, seconds)
+        engine = self._engine(bundle, version, directory)
         try:
             task = KINDS[bundle.kind].make(engine, directory) if bundle.kind in KINDS else None
         except Exception as e:  # a vocabulary file that is none, a number that is none: the tokenizers library raises bare Exception
-            self._workers.remove(engine)
+            for made in engine.engines:
+                self._workers.remove(made)
             fault = f"task {bundle.kind!r} can't be set up ({type(e).__name__}: {e}): export the model again"
             raise BundleError(str(directory), [fault]) from None
         model = Model(name, version, bundle, engine, Tensors(engine, self._most_rows), task)
@@ -138,6 +132,28 @@ class Catalog:
             before.engine.retire()
         log.info("ready: %s version %s (%s)", name, version, bundle.kind)
         return model
+
+    def _engine(self, bundle: Bundle, version: str, directory: Path) -> Engine:
+        """The engines of a model, one for each device; the first of them, which knows the others."""
+        faults = _task_faults(bundle)
+        loaded = []
+        for device in self._loader.placement.devices:
+            try:
+                loaded.append(self._loader.load(bundle, directory, device))
+            except BundleError as e:
+                raise BundleError(str(directory), faults + e.faults) from None
+        if faults:
+            raise BundleError(str(directory), faults)
+        engines: list[Engine] = []
+        for found in loaded:
+            watch = _For(engines[0], self._watch) if engines else self._watch
+            engine = Engine(bundle, version, found.graphs, self._workers, found.limits, watch)
+            engine.measured = found.measured
+            for which, rows, seconds in found.ran:
+                engine.costs.learn(which, rows, 1, seconds)
+            engines.append(engine)
+        engines[0].others = tuple(engines[1:])
+        return engines[0]
 
     def update(self, name: str) -> list[Model]:
         """Make what is served of a model what is on disk: new and changed versions are loaded, ones that went are unloaded.
@@ -243,43 +259,22 @@ def _task_faults(bundle: Bundle) -> list[str]:
     return faults
 
 
-def _first_run(onnx: OnnxGraph) -> tuple[list[str], list[tuple[int, float]]]:
-    """Warm up with one row and with several, and see that the outputs have the promised forms; what is wrong, and by rows the
-    seconds that a step took."""
-    graph = onnx.graph
-    times = []
-    for rows, steps in ((1, 1), (min(3, graph.max_rows), min(2, graph.max_time))):
-        feeds = {t.name: _sample(t, rows, steps) for t in graph.inputs} | {s.input: s.fresh(rows) for s in graph.states}
-        try:
-            results = onnx.run(feeds)
-            began = time.thread_time()
-            results = onnx.run(feeds)
-            times.append((rows, (time.thread_time() - began) / steps))
-        except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
-            return [f"does not run with {rows} rows of {steps} steps: {str(e)[:300]}"], []
-        sizes = {BATCH: rows, TIME: steps}
-        promised = [(t.name, t.axes, spell(t)) for t in graph.outputs]
-        promised += [(s.output, s.axes, f"{s.dtype} {list(s.axes)}") for s in graph.states]
-        for (name, axes, text), array in zip(promised, results, strict=True):
-            wanted = [a if isinstance(a, int) else sizes.get(a, rows * _CELLS if is_ragged(a) else _CELLS) for a in axes]
-            if list(array.shape) != wanted:
-                return [f"output {name!r} is {list(array.shape)} for {rows} rows of {steps} steps; promised is {text}"], []
-    return [], times
+class _For:
+    """Reports an engine's rounds and sequences as the first's of its model, which it must not keep from being freed: banks on a device go
+    with their engine. Satisfies engine.Watch."""
+
+    def __init__(self, first: Engine, watch: Watch) -> None:
+        self._first = weakref.ref(first)
+        self._watch = watch
+
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
+        self._watch.round(self._first() or engine, graph, tickets, rows, steps, spent)
+
+    def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
+        self._watch.told(self._first() or engine, rows, sequences, seconds)
+
+    def left(self, engine: Engine, sequences: Listed[Sequence], reason: str) -> None:
+        self._watch.left(self._first() or engine, sequences, reason)
 
 
-_CELLS = 2  # the length of every other named axis in a first run
-
-
-def _sample(tensor: Tensor, rows: int, steps: int) -> np.ndarray[Any, Any]:
-    sizes = {BATCH: rows, TIME: steps}
-    shape = [a if isinstance(a, int) else sizes.get(a, rows * _CELLS if is_ragged(a) else _CELLS) for a in tensor.axes]
-    if tensor.role == "row":
-        return np.repeat(np.arange(rows, dtype=tensor.numpy_dtype), _CELLS)
-    if tensor.role == "lengths":
-        return np.full(rows, steps, tensor.numpy_dtype)
-    if tensor.dtype == "string":
-        return np.full(shape, "0", tensor.numpy_dtype)  # a text that graphs which read numbers can read too
-    return np.full(shape, tensor.low or 0, tensor.numpy_dtype)
-
-
-__all__ = ["Catalog", "Graph", "Model"]
+__all__ = ["Catalog", "Graph", "Model", "Trials"]

@@ -15,15 +15,21 @@ class Costs:
     __slots__ = ("_seconds",)
 
     def __init__(self) -> None:
-        self._seconds: dict[str, dict[int, float]] = {}  # graph → power of two that holds the rows → seconds a step
+        # graph → power of two that holds the rows → seconds a step, and a step of a row
+        self._seconds: dict[str, dict[int, tuple[float, float]]] = {}
 
     def learn(self, graph: str, rows: int, steps: int, seconds: float) -> None:
         """A round of that many rows and steps took so long."""
-        known = self._seconds.setdefault(graph, {})
+        known = self._seconds.get(graph)
+        if known is None:
+            known = self._seconds[graph] = {}
         size = rows.bit_length()
         each = seconds / steps
         before = known.get(size)
-        known[size] = each if before is None else before + NEW * (each - before)
+        if before is None:
+            known[size] = each, each / rows
+        else:
+            known[size] = before[0] + NEW * (each - before[0]), before[1] + NEW * (each / rows - before[1])
 
     def seconds(self, graph: str, rows: int, steps: int) -> float | None:
         """What such a round is expected to take; None where nothing is known of the graph. From fewer rows it is counted as if
@@ -32,12 +38,26 @@ class Costs:
         if not known:
             return None
         size = rows.bit_length()
-        each = known.get(size)
-        if each is None:
-            smaller = [s for s in known if s < size]
-            each = known[max(smaller)] * (1 << (size - max(smaller))) if smaller else known[min(known)]
-        return each * steps
+        found = known.get(size)
+        if found is not None:
+            return found[0] * steps
+        smaller = [s for s in known if s < size]
+        if not smaller:
+            return known[min(known)][0] * steps
+        return known[max(smaller)][0] * (1 << (size - max(smaller))) * steps
+
+    def a_row(self, graph: str, rows: int) -> float:
+        """What a step of one row is expected to take in a round of so many, or of the next fewer that are known; 0 where nothing
+        is known of the graph."""
+        known = self._seconds.get(graph)
+        if not known:
+            return 0.0
+        size = rows.bit_length()
+        found = known.get(size)
+        if found is None:
+            found = known[max((s for s in known if s < size), default=min(known))]
+        return found[1]
 
     def table(self) -> list[tuple[str, int, float]]:
         """What is known: graph, most rows, seconds a step."""
-        return [(graph, (1 << size) - 1, each) for graph, known in self._seconds.items() for size, each in sorted(known.items())]
+        return [(graph, (1 << size) - 1, each) for graph, known in self._seconds.items() for size, (each, _) in sorted(known.items())]

@@ -28,6 +28,12 @@ def configure(level: str, form: str, stream: IO[str] | None = None) -> None:
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else logging.Formatter(TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    hush()
+
+
+def hush() -> None:
+    """No line of hpack's below info: its debug lines have every header that comes, keys among them."""
+    logging.getLogger("hpack").setLevel(logging.INFO)
 
 
 class JsonLines(logging.Formatter):

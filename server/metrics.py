@@ -15,7 +15,7 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from server.engine import Engine
+    from server.engine import Engine, Spent
     from server.sequence import Sequence
     from server.shelf import Shelf
 
@@ -33,6 +33,7 @@ class Metric:
 
 
 _MODEL = ("model", "version")
+_DEVICE = (*_MODEL, "graph", "device")
 
 TABLE = (
     Metric("seqserve_rounds_total", Counter, (*_MODEL, "graph"), "Rounds run: one run of one graph"),
@@ -57,6 +58,12 @@ TABLE = (
     Metric("seqserve_sessions_ended_total", Counter, ("why",), "Sessions closed, expired, evicted, moved, unloaded"),
     Metric("seqserve_turns_total", Counter, ("outcome",), "Turns applied, and turns replayed: answered again from memory"),
     Metric("seqserve_state_bytes", Gauge, _MODEL, "Bytes of state that sessions keep in memory"),
+    Metric("seqserve_round_limit", Gauge, (*_MODEL, "of"), "Most rows and most steps of a round, as given or as measured at load"),
+    Metric("seqserve_round_cost_seconds", Gauge, (*_MODEL, "rows", "steps"), "Seconds of a round, measured at load, where its size was"),
+    Metric("seqserve_device_slots", Gauge, (*_DEVICE, "state"), "Rows of state that a graph's banks have room for: taken, free"),
+    Metric("seqserve_device_rounds_total", Counter, (*_DEVICE, "rows"), "Rounds by how they found their rows: bound, gathered; no_room"),
+    Metric("seqserve_device_state_bytes_total", Counter, (*_DEVICE, "way"), "Bytes of state that went to the device and came from it"),
+    Metric("seqserve_device_busy_seconds_total", Counter, _DEVICE, "Seconds that onnxruntime ran rounds, on a CPU by its threads' clocks"),
     Metric("seqserve_models", Gauge, ("state",), "Bundles by state: ready, or refused at load"),
 )
 
@@ -107,14 +114,17 @@ class Metrics(Collector):
             for state, count in counts:
                 self._counts["seqserve_models", state] = count
 
-    def round(self, engine: Engine, graph: str, rows: int, steps: int, seconds: float) -> None:
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
         with self._lock:
             watched = self._of(engine)
             watched.rounds[graph] = watched.rounds.get(graph, 0) + 1
             watched.rows.add(rows)
             watched.steps.add(steps)
-            watched.seconds.add(seconds)
+            watched.seconds.add(spent.seconds)
             watched.row_steps += rows * steps
+
+    def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
+        return  # a call's own time has it
 
     def left(self, engine: Engine, sequences: Listed[Sequence], outcome: str) -> None:
         with self._lock:
@@ -158,8 +168,9 @@ class Metrics(Collector):
             spreads = {key: spread.copy() for key, spread in spreads.items()}
             queues = dict(self._queues)
         for (name, version), engine in queues.items():
-            counts["seqserve_waiting", name, version] = engine.rounds.tickets
+            counts["seqserve_waiting", name, version] = sum(e.rounds.tickets for e in engine.engines)
             counts["seqserve_queue_age_seconds", name, version], counts["seqserve_expected_wait_seconds", name, version] = engine.waited()
+            counts.update(_placed(engine))
         if self._open is not None:
             counts["seqserve_calls_open",] = self._open()
         if self._shelf is not None:
@@ -213,6 +224,20 @@ class _Watched:
         self.seconds, self.queued, self.task = _Spread(_SECONDS), _Spread(_SECONDS), _Spread(_SECONDS)
 
 
+def _placed(engine: Engine) -> Iterator[tuple[tuple[str, ...], float]]:
+    """How large a model's rounds get, and what its devices have counted themselves."""
+    model = (engine.name, engine.version)
+    yield ("seqserve_round_limit", *model, "rows"), engine.rounds.limits.rows
+    yield ("seqserve_round_limit", *model, "steps"), engine.rounds.limits.chunk
+    for point in engine.measured:
+        yield ("seqserve_round_cost_seconds", *model, str(point.rows), str(point.steps)), point.seconds
+    for one in engine.engines:
+        for which, graph in one.graphs.items():
+            place = (*model, which, str(graph.device))
+            for name, label, value in graph.about:
+                yield (name, *place, *((label,) if label else ())), value
+
+
 def _sessions(shelf: Shelf) -> Iterator[tuple[tuple[str, ...], float]]:
     """What sessions have counted themselves, and what those in memory keep. Their lock is held for a copy of the list only."""
     sessions = shelf.sessions
@@ -237,7 +262,7 @@ def _sessions(shelf: Shelf) -> Iterator[tuple[tuple[str, ...], float]]:
             model = (session.model, session.version)
             size = each.get(model)
             if size is None:
-                size = each[model] = sum(array.nbytes for array in rows.arrays())
+                size = each[model] = rows.bytes
             kept[model] = kept.get(model, 0) + size
     for model, size in kept.items():
         yield ("seqserve_state_bytes", *model), size

@@ -27,6 +27,7 @@ class Quota:
     streams: int = 0  # at once
     rate: float = 0.0  # requests a second: calls, messages of ModelStreamInfer, turns of a stream
     burst: float = 0.0  # requests at once after a pause; 0 is one second's
+    priority: int = 0  # the highest class that its requests run in (shares.py); those that ask for a higher one run in this
 
 
 class Tenant:
@@ -64,6 +65,10 @@ class Tenant:
                 return
             wait = (1 - self._tokens) / rate
         raise self._refusal("RATE", f"{rate:g} requests a second", wait, rate)
+
+    def level(self, asked: int) -> int:
+        """The class that a request which asked for this one runs in."""
+        return max(asked, self.quota.priority)
 
     def enter(self, stream: bool) -> Callable[[], None] | None:
         """A call or stream begins; gives what to call once at its end, or None where they aren't counted. Raises Overloaded."""

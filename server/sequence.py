@@ -1,6 +1,6 @@
 """A sequence: one caller's work advancing in time; and how several become one round's tensors, and part again.
 
-`stack` and `split` are inverses around a run. Pure numpy; knows the contract, no engine, no clock, no gRPC.
+`stack` and `carried` go before a run, `split` after it. Pure numpy; knows the contract, no engine, no clock, no gRPC.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import numpy as np
 from contract.bundle import Graph, Tensor
 from server.errors import ServeError
 from server.inputs import Sizes, check_values
-from server.rounds import Ticket
-from server.states import Rows, fresh
-from server.states import stack as stack_states
+from server.states import Bank, Block, Rows
+from server.tickets import Ticket
 
 Array = np.ndarray[Any, Any]
 Inputs = Mapping[str, Array]
@@ -35,7 +34,7 @@ class Sequence(Ticket):
     """
 
     __slots__ = (
-        "cells", "done", "failed", "going", "graph", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state", "steps",
+        "cells", "done", "engine", "failed", "going", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state", "steps",
         "then",
     )  # fmt: skip
 
@@ -48,8 +47,10 @@ class Sequence(Ticket):
         failed: Callable[[ServeError], None],
         state: Rows | None = None,
     ) -> None:
-        self.order = 0  # of the ticket: it is queued nowhere yet
+        self.order = 0.0  # of the ticket: it is queued nowhere yet
+        self.deadline = None
         self.gone = self.running = False
+        self.engine: Any = None  # that has it, where a model has several
         self.remaining = 0
         self.then = then
         self.failed = failed
@@ -158,11 +159,14 @@ def order(graph: Graph, sequences: Listed[Sequence]) -> Listed[Sequence]:
 
 def _where(s: Sequence) -> tuple[int, int]:
     state = s.state
-    return (0, 0) if state is None else (id(state.bank), state.start)
+    if state is None:
+        return (0, 0)
+    bank = state.bank
+    return (id(bank.home), bank.place + state.start) if isinstance(bank, Block) else (id(bank), state.start)
 
 
 def stack(graph: Graph, sequences: Listed[Sequence], steps: int) -> dict[str, Array]:
-    """The feeds of one round: each sequence's next `steps`, side by side; nothing padded.
+    """The inputs of one round: each sequence's next `steps`, side by side; nothing padded.
 
     Raises InvalidInput where packed inputs have values that the contract forbids, of whichever sequence.
     """
@@ -181,28 +185,20 @@ def stack(graph: Graph, sequences: Listed[Sequence], steps: int) -> dict[str, Ar
                 parts = [_part(tensor, place, s, steps) for s in sequences]
                 axis = tensor.batch_axis
                 feeds[tensor.name] = parts[0] if len(parts) == 1 or axis is None else np.concatenate(parts, axis)
-    if graph.states:
-        one: Rows | None = None  # a fresh row, which all who begin alone start from
-        rows: list[Rows] = []
-        for s in sequences:
-            if s.state is not None:
-                rows.append(s.state)
-            elif s.rows > 1:
-                rows.append(fresh(graph, s.rows))
-            else:
-                one = one or fresh(graph, 1)
-                rows.append(one)
-        for state, array in zip(graph.states, stack_states(rows), strict=True):
-            feeds[state.input] = array
     return feeds
 
 
-def split(graph: Graph, sequences: Listed[Sequence], results: Listed[Array], steps: int) -> None:
-    """Give each sequence its rows of a round's results (outputs, then next states)."""
-    count = len(graph.outputs)
-    bank = tuple(results[count:])
+def carried(graph: Graph, sequences: Listed[Sequence], fresh: Callable[[int], Rows]) -> list[Rows]:
+    """Each sequence's state, one that has read nothing where it has none yet; nothing where the graph has no states."""
+    if not graph.states:
+        return []
+    return [s.state if s.state is not None else fresh(s.rows) for s in sequences]
+
+
+def split(graph: Graph, sequences: Listed[Sequence], outputs: Listed[Array], bank: Bank, steps: int) -> None:
+    """Give each sequence its rows of a round's outputs and next states."""
     axes = graph.state_axes
-    shared = Results(results[:count], sum([s.rows for s in sequences]))
+    shared = Results(outputs, sum([s.rows for s in sequences]))
     timed = graph.timed
     start = cell = 0
     for s in sequences:

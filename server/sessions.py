@@ -134,6 +134,11 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live) + len(self._away)
 
+    @property
+    def resident(self) -> int:
+        """How many are in memory."""
+        return len(self._live)
+
     def __contains__(self, id: str) -> bool:
         return id in self._live or id in self._away
 
@@ -155,6 +160,8 @@ class Sessions:
         self.begun[how or ("opened" if left is None else "resumed")] += 1
         session = self._live[kept.id] = Session(kept, now + (kept.ttl if left is None else left))
         heapq.heappush(self._deadlines, (session.expires, next(self._tie), kept.id))
+        if len(self._deadlines) > 2 * len(self) + 1024:
+            self._tidy()
         return session
 
     def find(self, id: str) -> Session:
@@ -324,6 +331,12 @@ class Sessions:
     def away(self, id: str) -> bool:
         """Whether a session is stored only: it is to be opened again, as it was kept, before it is used."""
         return id in self._away
+
+    def _tidy(self) -> None:
+        """Forget the deadlines of sessions that have ended: most end long before theirs."""
+        live = [(s.expires, next(self._tie), id) for id, s in self._live.items()]
+        self._deadlines = live + [(at, next(self._tie), id) for id, (at, _) in self._away.items()]
+        heapq.heapify(self._deadlines)
 
     def wake_at(self) -> float | None:
         """When to call `expired` next."""

@@ -24,7 +24,7 @@ from server.errands import Errands
 from server.errors import Conflict, Draining, Gone, InvalidInput, NotFound, ServeError, listed
 from server.records import Packed, Record, Unreadable, decode, encode, fits
 from server.sessions import Kept, Session, Sessions
-from server.states import Rows
+from server.states import Rows, here
 from server.store import Durability, MemoryStore, Refusal, Store, StoreFailed
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Shelf:
         self.sessions = Sessions(limits.most)
         self.changed = threading.Condition(threading.Lock())
         self._stopping = False
+        self._look_at = float("inf")  # when the thread below looks next; to wake it for each new session cost a tenth of all calls
         self._expiry = threading.Thread(target=self._expire, name="session-expiry", daemon=True)
 
     @property
@@ -127,8 +128,7 @@ class Shelf:
         kept = Kept(id or _new_id(), found.name, found.version, found.bundle.fingerprint, ttl or self._limits.ttl, state=Memory())
         self._find(kept.id)
         with self.changed:
-            self.sessions.open(kept, self._clock())
-            self.changed.notify_all()
+            self._expect(self.sessions.open(kept, self._clock()))
         self._keep(kept)
         return kept
 
@@ -171,8 +171,9 @@ class Shelf:
         """Another session that goes on from the last applied turn of this one."""
         _check_id(new)
         with self.held(id):
-            kept = self.sessions.fork(id, new or _new_id(), self._clock()).kept
-            self.changed.notify_all()
+            forked = self.sessions.fork(id, new or _new_id(), self._clock())
+            kept = forked.kept
+            self._expect(forked)
         self._keep(kept)
         return kept
 
@@ -217,14 +218,16 @@ class Shelf:
         records = []
         every = list(every)
         few = len(every) < 3 or not self.keeps  # than the other rows of a bank would cost
+        near = iter(here([rows for kept in every if (rows := kept.state.rows) is not None]))  # what lies on a device, all at once
         for kept in every:
             memory: Memory = kept.state
-            rows = memory.rows
+            rows = next(near) if memory.rows is not None else None
             if few or rows is None or rows.whole:
-                records.append(_record(kept, wall + kept.ttl))
+                records.append(Record(kept, wall + kept.ttl, rows.arrays() if rows is not None else None, memory.rest))
                 continue
             packed = banks.get(id(rows.bank))
             if packed is None:
+                assert isinstance(rows.bank, tuple), "what lay on a device was copied"
                 packed = banks[id(rows.bank)] = Packed(rows.axes, rows.bank)
             records.append(Record(kept, wall + kept.ttl, None, memory.rest, (packed.count, packed.row(rows.start))))
         return self._store.write(records, removed)
@@ -238,8 +241,7 @@ class Shelf:
         rows = Rows(model.bundle.graph.state_axes, record.arrays, 0, 1) if record.arrays is not None else None
         left = record.expires - self._wall()
         with self.changed:
-            self.sessions.open(replace(kept, state=Memory(rows, record.rest)), self._clock(), left)
-            self.changed.notify_all()
+            self._expect(self.sessions.open(replace(kept, state=Memory(rows, record.rest)), self._clock(), left))
 
     @contextmanager
     def held(self, id: str) -> Iterator[Session]:
@@ -375,7 +377,13 @@ class Shelf:
                         self.changed.acquire()
                     continue
                 at = self.sessions.wake_at()
+                self._look_at = float("inf") if at is None else at
                 self.changed.wait(None if at is None else max(0.0, at - now))
+
+    def _expect(self, session: Session) -> None:
+        """A session has come: wake the thread above where it expires sooner than that looks. With the lock held."""
+        if session.expires < self._look_at:
+            self.changed.notify_all()
 
     def _forget(self, late: list[str]) -> None:
         log.info("expired: %s", listed(late))

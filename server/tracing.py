@@ -23,10 +23,11 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from server.engine import Engine, Watch
+from server.engine import Engine, Spent, Watch
 from server.rounds import Round
 from server.rpc.front import Call, Metadata, Method, Receiver
 from server.sequence import Sequence
+from server.shares import Claim
 from server.workers import Workers
 
 
@@ -119,6 +120,10 @@ class _Call:
         return self._call.peer
 
     @property
+    def peer_certificate(self) -> bytes | None:
+        return self._call.peer_certificate
+
+    @property
     def deadline(self) -> float | None:
         return self._call.deadline
 
@@ -168,10 +173,10 @@ class TracedWorkers(Workers):
         super().__init__(threads)
         self.seen: dict[Sequence, _Seen] = {}
 
-    def submit(self, engine: Engine, sequence: Sequence, deadline: float | None) -> None:
+    def submit(self, engine: Engine, sequence: Sequence, claim: Claim) -> None:
         self.seen[sequence] = _Seen(_current.context)
         try:
-            super().submit(engine, sequence, deadline)
+            super().submit(engine, sequence, claim)
         except BaseException:
             del self.seen[sequence]
             raise
@@ -192,8 +197,11 @@ class TracedWatch:
         self._seen = workers.seen
         self._tracer = tracer
 
-    def round(self, engine: Engine, graph: str, rows: int, steps: int, seconds: float) -> None:
-        self._watch.round(engine, graph, rows, steps, seconds)
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
+        self._watch.round(engine, graph, tickets, rows, steps, spent)
+
+    def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
+        self._watch.told(engine, rows, sequences, seconds)
 
     def left(self, engine: Engine, sequences: Listed[Sequence], reason: str) -> None:
         self._watch.left(engine, sequences, reason)

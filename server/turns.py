@@ -25,25 +25,27 @@ from server.inputs import Sizes
 from server.joined import join, joinable, part
 from server.sequence import Inputs, Packed, Sequence, Views
 from server.sessions import Begun, Kept, Pending, Session
+from server.shares import ANYONE, Claim
 from server.shelf import Memory, Shelf, taken
-from server.states import Rows
+from server.states import Rows, settle
 from server.workers import Workers
 
 log = logging.getLogger(__name__)
 
 Told = Callable[[bytes | ServeError], None]
-OWNED_AFTER = 64  # rounds after which a session that was not used since gets state of its own
+OWNED_AFTER = 64  # rounds, and as many turns as sessions are in memory, after which one that was not used since gets state of its own
 
 
 class Plan:
-    """How one turn is run: `inputs` are read for good, `glance` only for this turn's answer. `more`, where there is one, is
+    """How one turn is run: `inputs` are read for good, `glance` only for this turn's answer. `answer` makes the reply of the outputs
+    and of what ran, which knows how long it took. `more`, where there is one, is
     asked after each run what is read next; when there is nothing more it may have set `rest`, and `fresh`, which leaves the
     session a state that has read nothing. No dataclass, since one is made for each turn."""
 
     __slots__ = ("answer", "fresh", "glance", "inputs", "more", "rest")
 
     def __init__(
-        self, answer: Callable[[Views], bytes], rest: str = "", inputs: tuple[Inputs | Packed, Sizes] | None = None,
+        self, answer: Callable[[Views, Sequence], bytes], rest: str = "", inputs: tuple[Inputs | Packed, Sizes] | None = None,
         glance: tuple[Inputs | Packed, Sizes] | None = None,
     ) -> None:  # fmt: skip
         self.answer = answer
@@ -57,9 +59,10 @@ class Plan:
 class Turn(ABC):
     """What a caller brings, and the caller. The fields are of the file that runs it."""
 
-    __slots__ = ("after", "alone", "joined", "model", "plan", "sequence", "session", "turns")
+    __slots__ = ("after", "alone", "claim", "joined", "model", "plan", "sequence", "session", "turns")
 
-    def __init__(self) -> None:
+    def __init__(self, claim: Claim = ANYONE) -> None:
+        self.claim = claim  # without a deadline: a turn that was begun is run
         self.plan: Plan | None = None
         self.joined: tuple[Turn, ...] = ()  # the turns behind it that run along
         self.alone = False  # it failed together with others: whose fault that was is seen when each runs alone
@@ -102,7 +105,7 @@ class Turn(ABC):
         if self.joined:
             part = join([p for turn in (self, *self.joined) if (p := turn.packed) is not None])
         self.sequence = Sequence(model.bundle.main, *part, self._ran, self._failed, memory.rows)
-        model.engine.submit(self.sequence)
+        model.engine.submit(self.sequence, self.claim)
 
     @property
     def packed(self) -> tuple[Packed, Sizes] | None:
@@ -186,6 +189,7 @@ class Turns:
         self._clock = clock
         self._round = _Round()
         self._shared: deque[list[_Ran]] = deque()  # by round, those whose states may still lie in its bank
+        self._sharing = 0  # turns of these rounds
         self._errands = shelf.errands if shelf.keeps else None
         self._waiting: deque[list[_Ran]] = deque()  # by round, for a store that takes its time
         workers.after_round = self._after_round
@@ -297,9 +301,9 @@ class Turns:
         if work.joined:
             every = (work, *work.joined)
             parts = part(work.model.bundle.graph, outputs, [brought[1].steps for turn in every if (brought := turn.packed) is not None])
-            replies = [turn.plan.answer(views) for turn, views in zip(every, parts, strict=True) if turn.plan is not None]
+            replies = [turn.plan.answer(views, sequence) for turn, views in zip(every, parts, strict=True) if turn.plan is not None]
         else:
-            replies = (plan.answer(outputs),)
+            replies = (plan.answer(outputs, sequence),)
         self._round.ran.append(_Ran(session, replies, Memory(rows, plan.rest)))
 
     def _after_round(self) -> None:
@@ -340,9 +344,7 @@ class Turns:
                     closed.append(session)
                     continue
                 told.append((session, self._sessions.commit(session, r.replies, r.memory, now), r.replies))
-            self._shared.append(ran)
-            if len(self._shared) > OWNED_AFTER:
-                self._own(self._shared.popleft())
+            old = self._grown_old(ran)
         for _, done, replies in told:
             for pending, reply in zip(done, replies, strict=True):
                 self._tell((pending,), reply)
@@ -353,6 +355,8 @@ class Turns:
             r.replies = ()  # the session has it; `ran` is kept for the states' sake
         for session in following:
             self._run(session)
+        if old:
+            self._own(old)
         for id in moved:
             with suppress(ServeError):  # closed meanwhile
                 self._end(id, "taken")
@@ -389,13 +393,27 @@ class Turns:
                 self.failed(r.session, e)
             return None
 
-    def _own(self, ran: list[_Ran]) -> None:
-        """States that still lie in an old round's bank get arrays of their own: one idle session must not keep the whole bank.
-        With the lock held."""
-        for r in ran:
-            memory = r.memory
-            if r.session.state is memory and memory.rows is not None:
-                r.session.state = Memory(memory.rows.own(), memory.rest)
+    def _grown_old(self, ran: list[_Ran]) -> list[_Ran]:
+        """Turns of rounds so long ago that whoever is used at all was used since. With the lock held. By rounds alone, where very many
+        sessions take turns each of them would get state of its own between any two."""
+        self._shared.append(ran)
+        self._sharing += len(ran)
+        old: list[_Ran] = []
+        while len(self._shared) > OWNED_AFTER and self._sharing - len(self._shared[0]) >= self._sessions.resident:
+            self._sharing -= len(self._shared[0])
+            old += self._shared.popleft()
+        return old
+
+    def _own(self, ran: Listed[_Ran]) -> None:
+        """States that still lie in an old round's bank get a place of their own: one idle session must not keep the whole bank."""
+        idle = [(r, r.memory.rows) for r in ran if r.session.state is r.memory and r.memory.rows is not None]
+        if not idle:
+            return
+        settled = settle([rows for _, rows in idle])
+        with self._changed:
+            for (r, rows), own in zip(idle, settled, strict=True):
+                if r.session.state is r.memory and own is not rows:
+                    r.session.state = Memory(own, r.memory.rest)
 
     def failed(self, session: Session, error: ServeError) -> None:
         """The first turn in line could not be run: it is told why, those behind it that they come too early now."""

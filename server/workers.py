@@ -11,21 +11,32 @@ To hand a round of a millisecond to another thread, and get the interpreter's lo
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Listed
+from typing import Protocol
 
-from server.engine import Clock, Engine, key
+from server.engine import Clock, Engine, Spent, key
 from server.errors import DeadlineExceeded, Draining, ModelFailed, NotFound, ServeError
 from server.rounds import Round
 from server.sequence import Sequence
+from server.shares import Claim
+from server.shares import Clock as Virtual
 
 log = logging.getLogger(__name__)
 
-BRIEF = 0.01  # seconds: the longest round that the thread which brings work runs itself: so long it hears of nothing new
+
+class Onlooker(Protocol):
+    """Whoever looks on while rounds run (inside.py). Called by the thread that ran them, so it must be quick and never raise."""
+
+    def round(self, engine: Engine, graph: str, round: Round[Sequence], started: float, ended: float) -> None: ...
+
+    def left(self, engine: Engine, sequences: Listed[Sequence], how: str) -> None: ...
+
+
+BRIEF = 0.0025  # seconds: the longest round that the thread which brings work runs itself; for a longer one a worker is worth waking
 WORTH = 0.001  # seconds of running, over all workers, that a sequence must need in all to be worth handing over
 
 
@@ -38,8 +49,9 @@ class Workers:
     """
 
     def __init__(self, threads: int, clock: Clock = time.monotonic, brief: float = BRIEF) -> None:
-        self.order: Iterator[int] = itertools.count(1)
+        self.virtual = Virtual()
         self.after_round: Callable[[], None] = lambda: None  # called by whoever ran a round when all of it was answered
+        self.onlooker: Onlooker | None = None  # None while nobody watches: then it costs one look at this
         self._clock = clock
         self._brief = brief
         self.worth = WORTH / max(1, threads)
@@ -72,18 +84,18 @@ class Workers:
         with self._wake:
             engine.retired = True
             if not engine.rounds.tickets:
-                self._engines = [e for e in self._engines if e is not engine]
+                self._forget(engine)
 
-    def submit(self, engine: Engine, sequence: Sequence, deadline: float | None) -> None:
+    def submit(self, engine: Engine, sequence: Sequence, claim: Claim) -> None:
         now = self._clock()
-        if deadline is not None and deadline <= now:
+        if claim.deadline is not None and claim.deadline <= now:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline had passed when the request arrived")
         with self._wake:
             if engine.retired:
                 raise NotFound("UNLOADED", f"model {engine.name!r} version {engine.version} was unloaded", model=engine.name)
             if self._draining:
                 raise Draining("DRAINING", "the server is shutting down; send the request again")
-            engine.enqueue(sequence, deadline, now)
+            engine.enqueue(sequence, claim, now)
             if self._attending and threading.get_ident() == self._attendant:
                 self._brought += sequence.rows
             else:
@@ -144,13 +156,14 @@ class Workers:
         take what comes, until this thread attends again."""
         with self._wake:
             chosen = None
-            late = self._late()
+            now = self._clock()
+            late = self._late(now)
             engines = [e for e in self._engines if e.rounds.waiting_rows]
             if engines and not self._stopping:
                 brief = [e for e in engines if e.brief(self._brief)]
                 if brief:
-                    engine = brief[0] if len(brief) == 1 else min(brief, key=lambda e: e.rounds.oldest() or 0)
-                    round = engine.rounds.next(1)
+                    engine = brief[0] if len(brief) == 1 else min(brief, key=lambda e: e.rounds.first() or 0.0)
+                    round = engine.rounds.next(now, 1)
                     if round is not None:
                         chosen = (engine, round)
                 if self._asleep and len(engines) > len(brief):
@@ -180,8 +193,9 @@ class Workers:
 
     def _take(self, worker: bool = False) -> tuple[list[tuple[Engine, Sequence]], tuple[Engine, Round[Sequence]] | None] | None:
         """What is due: who is late, and the round to run. The lock is held."""
-        late = self._late()
-        chosen = self._choose(worker)
+        now = self._clock()
+        late = self._late(now)
+        chosen = self._choose(worker, now)
         if not late and chosen is None:
             return None
         self._running += 1
@@ -191,7 +205,8 @@ class Workers:
         try:
             for engine, s in late:
                 engine.watch.left(engine, [s], "expired")
-                _tell(s.failed, DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed while the request waited"))
+                message = "the deadline passed while the request waited, or can't be met any more"
+                _tell(s.failed, DeadlineExceeded("DEADLINE_EXCEEDED", message))
             if chosen is not None:
                 self._run(*chosen)
         finally:
@@ -200,20 +215,19 @@ class Workers:
                 if self._draining and self._idle():
                     self._wake.notify_all()
 
-    def _choose(self, worker: bool) -> tuple[Engine, Round[Sequence]] | None:
-        """The round of whoever has waited longest, over all engines; brief ones are left to a thread that attends."""
+    def _choose(self, worker: bool, now: float) -> tuple[Engine, Round[Sequence]] | None:
+        """The round of whoever is first in the order of shares, over all engines; brief ones are left to a thread that attends."""
         best: Engine | None = None
-        first = 0
+        first = 0.0
         for engine in self._engines:
             if engine.rounds.waiting_rows and not (worker and self._attending and engine.brief(self._brief)):
-                order = engine.rounds.oldest()
+                order = engine.rounds.first()
                 if order is not None and (best is None or order < first):
                     best, first = engine, order
-        round = best.rounds.next() if best is not None else None
+        round = best.rounds.next(now) if best is not None else None
         return (best, round) if best is not None and round is not None else None
 
-    def _late(self) -> list[tuple[Engine, Sequence]]:
-        now = self._clock()
+    def _late(self, now: float) -> list[tuple[Engine, Sequence]]:
         return [(engine, s) for engine in self._engines for s in engine.rounds.expired(now)]
 
     def _pause(self) -> float | None:
@@ -224,9 +238,10 @@ class Workers:
         sequences = round.tickets
         started = self._clock()
         graph = sequences[0].graph
-        failed = engine.run(round)
+        spent = Spent()
+        failed = engine.run(round, spent)
         ended = self._clock()
-        seconds = ended - started
+        seconds = spent.seconds = ended - started
         for s in sequences:
             s.queued += started - s.since
             s.run += seconds
@@ -234,7 +249,10 @@ class Workers:
             s.since = ended
         with self._wake:
             engine.rounds.done(round, seconds)
-        engine.watch.round(engine, graph, round.rows, round.steps, seconds)
+        rows = round.rows
+        engine.watch.round(engine, graph, len(sequences), rows, round.steps, spent)
+        if (onlooker := self.onlooker) is not None:
+            onlooker.round(engine, graph, round, started, ended)
         again: list[Sequence] = []
         answered: list[Sequence] = []
         for s in sequences:
@@ -256,7 +274,9 @@ class Workers:
                     _tell(s.failed, e)
                     continue
                 (again if s.going else answered).append(s)
-        self._leave(engine, answered, "answered")
+        if answered:
+            engine.watch.told(engine, rows, len(answered), self._clock() - ended)
+            self._leave(engine, answered, "answered")
         with self._wake:
             engine.ran(seconds, len(answered))
         try:
@@ -285,8 +305,15 @@ class Workers:
                 for s in sequences:
                     engine.rounds.leave(s)
                 if engine.retired and not engine.rounds.tickets:
-                    self._engines = [e for e in self._engines if e is not engine]
+                    self._forget(engine)
             engine.watch.left(engine, sequences, how)
+            if (onlooker := self.onlooker) is not None:
+                onlooker.left(engine, sequences, how)
+
+    def _forget(self, engine: Engine) -> None:
+        """A retired engine has nothing left to do: whoever still knows it must not keep its graphs, and what they have on a device."""
+        self._engines = [e for e in self._engines if e is not engine]
+        engine.graphs = {}
 
 
 def _tell(failed: Callable[[ServeError], None], error: ServeError) -> None:

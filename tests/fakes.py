@@ -194,7 +194,7 @@ class Fake:
             raise Refused(failure(grpc.StatusCode.FAILED_PRECONDITION, "that leaves a gap", "GAP", turn=str(kept.info.turn)))
         kept.info.acknowledged = max(kept.info.acknowledged, request.acknowledged)
         if request.turn == kept.info.turn + 1:
-            reply = live.TurnReply(session=request.session, turn=request.turn)
+            reply = live.TurnReply(session=request.session, turn=request.turn, timing=pb.Timing(queue=0.001, run=0.002, rounds=3))
             match request.WhichOneof("input"):
                 case "text":
                     text = "".join(t.text for t in kept.brought) + request.text
@@ -255,12 +255,17 @@ def serving(port: int = 0) -> Iterator[Fake]:
             yield piece.SerializeToString()
 
     def turns(requests: Iterator[live.TurnsRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
+        refused = 0  # the turn of this stream that was; those behind it are too, whatever other streams do meanwhile
         for request in requests:
             fake.note("Turns", request, context)
             (turn,) = request.turns
             reply = live.TurnReply(session=turn.session, turn=turn.turn)
             try:
+                if refused and turn.turn > refused:
+                    raise Refused(failure(grpc.StatusCode.FAILED_PRECONDITION, "the one before was refused", "GAP", turn=str(refused)))
+                refused = 0
                 if turn.turn in fake.busy:
+                    refused = turn.turn
                     fake.busy.remove(turn.turn)
                     reply.refusal.MergeFrom(live.Refusal(code=8, message="full", reason="QUEUE_FULL", retry_after=0.25))
                 else:

@@ -524,7 +524,7 @@ def field(library: Path, front: str) -> Iterator[Field]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Throw nonsense at a server for a while.")
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--front", choices=("queue", "public"), default="queue")
+    parser.add_argument("--front", choices=("direct", "public"), default="direct")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     asked = parser.parse_args(argv)
     ends = time.monotonic() + asked.minutes * 60

@@ -17,6 +17,8 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 ROOT = Path(__file__).resolve().parent.parent
+FRONTS = {"direct": ("--front", "direct"), "public": ("--front", "public"), "relayed": ("--rpc-processes", "1")}
+"""How calls may be carried, as flags: whatever it is, callers must not see a difference."""
 
 
 class Served:
@@ -70,6 +72,50 @@ def serve(models: Path, *flags: str, root: Path = ROOT) -> Iterator[Served]:
         yield served
     finally:
         served.channel.close()
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        reader.join()
+        process.stderr.close()
+
+
+class Web:
+    """A running HTTP face: where it listens, and what it logged."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int, log: list[str]) -> None:
+        self.process, self.port, self.log = process, port, log
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def terminate(self) -> int:
+        """SIGTERM, and wait for the end; its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@contextmanager
+def web(target: str, *flags: str) -> Iterator[Web]:
+    """Start `python -m web` before the server at `target` and wait until it listens; end it afterwards, whatever happened."""
+    command = [sys.executable, "-m", "web", "--target", target, "--port", "0", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    log: list[str] = []
+    found = None
+    for line in process.stderr:
+        log.append(line)
+        if found := re.search(r"serving \S+ on https?://\S+:(\d+)", line):
+            break
+    if found is None:
+        process.stderr.close()
+        process.wait()
+        raise AssertionError(f"the web process did not start: {''.join(log)}")
+    reader = threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    try:
+        yield Web(process, int(found[1]), log)
+    finally:
         if process.poll() is None:
             process.kill()
         process.wait()

@@ -22,7 +22,7 @@ from hypothesis.extra import numpy as hnp
 import seqserve
 from protos import inference_pb2 as oip
 from protos import seqserve_pb2 as pb
-from seqserve import errors, retry, tensors
+from seqserve import errors, retry, tensors, wire
 from tests import fakes
 from tests.fakes import Fake, failure
 
@@ -520,6 +520,25 @@ def test_the_twins_have_the_same_methods() -> None:
         assert parameters[0] == parameters[1], name
         assert blocking[name].__doc__ == awaited[name].__doc__
     assert inspect.signature(seqserve.Client) == inspect.signature(seqserve.AsyncClient)
+
+
+def test_one_connection_for_several_callers(fake: Fake) -> None:
+    """`with_metadata` sends other metadata on the same connection, which lives on when such a client is closed; `call` carries
+    what `wire` makes."""
+    call = wire.models()
+    with seqserve.Client(fake.target, metadata=(("x-api-key", "mine"),)) as client:
+        with client.with_metadata((("x-api-key", "theirs"),)) as other:
+            assert other.call(call) == other.models()
+        client.models()
+
+    async def awaited() -> None:
+        async with seqserve.AsyncClient(fake.target, metadata=(("x-api-key", "mine"),)) as client:
+            async with client.with_metadata((("x-api-key", "theirs"),)) as other:
+                assert await other.call(call) == await other.models()
+            await client.models()
+
+    asyncio.run(awaited())
+    assert [shown["x-api-key"] for shown in fake.metadata] == ["theirs", "theirs", "mine"] * 2
 
 
 def test_one_client_for_many_threads(fake: Fake) -> None:

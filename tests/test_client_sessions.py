@@ -203,7 +203,8 @@ def test_text_in_pieces(served: Served, connect: Clients) -> None:
     with client.session("sentiment") as s:
         answers = [s.send(piece) for piece in pieces]
     assert [answer.scores for answer in answers] == wanted
-    assert (answers[-1].model, answers[-1].version, answers[-1].timing) == ("sentiment", "1", seqserve.Timing())
+    assert (answers[-1].model, answers[-1].version) == ("sentiment", "1")
+    assert all(answer.timing.rounds >= 1 and answer.timing.run > 0 for answer in answers)
 
 
 def test_observations(served: Served, connect: Clients) -> None:

@@ -24,11 +24,14 @@ from server.config import Config
 from server.metrics import TABLE
 from tests import models
 from tests.process import ROOT, Served, serve
+from web.config import Config as WebConfig
 
 DEPLOY = ROOT / "deploy"
 COMPOSE: Mapping[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 SERVICES: Mapping[str, Mapping[str, Any]] = COMPOSE["services"]
-KNOBS = {"SEQSERVE_" + f.name.upper() for f in dataclasses.fields(Config)}
+KNOBS = {"SEQSERVE_" + f.name.upper() for f in dataclasses.fields(Config)} | {
+    "SEQSERVE_WEB_" + f.name.upper() for f in dataclasses.fields(WebConfig)
+}
 NATIVE = ["balancer", "namespace", "network", "replicas", "scaling", "store"]
 
 
@@ -158,6 +161,7 @@ def test_grace_outlasts_the_drain() -> None:
     """Whoever stops a server waits longer than it drains."""
     drain = Config().drain_seconds
     assert float(SERVICES["replica"]["stop_grace_period"].removesuffix("s")) > drain
+    assert float(SERVICES["web"]["stop_grace_period"].removesuffix("s")) > WebConfig().drain_seconds
     assert next(spec for name, _, spec in pods() if name == "seqserve")["terminationGracePeriodSeconds"] > drain
 
 
@@ -173,7 +177,7 @@ def test_image_has_what_the_server_needs() -> None:
     assert set(json.loads(packages[1])) <= copied
     assert set(re.findall(r"SEQSERVE_\w+", text)) <= KNOBS
     assert re.search(r"^USER \d+:\d+$", text, re.MULTILINE)
-    assert set(re.findall(r"/tmp/(\w+)\.txt", text)) == {"base", "redis", "cpu", "gpu", "loadtest"}
+    assert set(re.findall(r"/tmp/(\w+)\.txt", text)) == {"base", "redis", "mtls", "cpu", "gpu", "loadtest", "web"}
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_exist() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -45,11 +46,23 @@ def torch_file(file: Path) -> None:
         )  # fmt: skip
 
 
+def noted(file: Path, steps: int) -> None:
+    """The outputs of a file said to have so many steps, as torch's exporter notes those of its example; its nodes take any."""
+    model = onnx.load(file)
+    for output in model.graph.output:
+        for dim in output.type.tensor_type.shape.dim:
+            if dim.dim_param == "t":
+                dim.dim_value = steps
+    onnx.save(model, file)
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bare")
     bare.voice(root / "voice" / "1" / "model.onnx")
     bare.voice(root / "alone" / "1" / "model.onnx", 1)
+    bare.whole(root / "noted" / "1" / "model.onnx")
+    noted(root / "noted" / "1" / "model.onnx", 5)
     bare.cell(root / "cell" / "1" / "model.onnx")
     bare.rowless(root / "rowless" / "1" / "model.onnx")
     bare.whole(root.parent / "plain.onnx", ending=["last"])
@@ -94,6 +107,13 @@ def test_a_dropped_in_file_has_sessions(model: str, client: Client, library: Pat
             got = session.send({"input": chunk, "sr": RATE})
             np.testing.assert_allclose(got["output"], wanted["output"], rtol=1e-5, atol=1e-6)
             assert list(got) == ["output"]
+
+
+def test_an_output_may_note_another_length(client: Client, library: Path) -> None:
+    """A file that notes 5 steps of its output, and takes any, is served for any."""
+    x = RANDOM.normal(size=(1, 9, 3)).astype(np.float32)
+    wanted = run(library / "noted" / "1" / "model.onnx", {"x": x})
+    np.testing.assert_allclose(client.infer("noted", {"x": x})["y"], wanted["y"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_a_call_needs_no_time_axis(client: Client, library: Path) -> None:

@@ -17,6 +17,7 @@ from server.errors import DeadlineExceeded, Draining, ModelFailed, Overloaded, S
 from server.metrics import Metrics
 from server.rounds import Limits
 from server.sequence import Outputs, Sequence, Views
+from server.shares import Claim
 from server.workers import Workers
 from tests import models
 
@@ -47,7 +48,7 @@ class Bench:
         def then(_: Sequence, outputs: Outputs) -> None:
             self._put(who, outputs)
 
-        return self.catalog.find(model).tensors.start(inputs, then, lambda error: self._put(who, error), deadline)
+        return self.catalog.find(model).tensors.start(inputs, then, lambda error: self._put(who, error), Claim(deadline))
 
     def _put(self, who: object, answer: Outputs | ServeError) -> None:
         assert who not in self.answers, "answered twice"

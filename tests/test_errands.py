@@ -79,7 +79,7 @@ class Slow(MemoryStore):
         return super().write(records, removed)
 
 
-@pytest.fixture(params=["queue", "public"])
+@pytest.fixture(params=["direct", "public"])
 def slow(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Slow, grpc.Channel]]:
     """A server over a real port whose store waits."""
     models.library(tmp_path)

@@ -17,10 +17,10 @@ from typing import Any
 import grpc
 import pytest
 
-from server.rpc import queue_front
-from server.rpc.front import Call, Front, Metadata, Method, Options, Receiver, choose_front, server_stream, stream, unary
+from server.rpc.direct_front import DirectFront
+from server.rpc.front import Call, Front, Metadata, Method, Options, Receiver, Tls, choose_front, server_stream, stream, unary
 from server.rpc.public_front import PublicFront
-from server.rpc.queue_front import QueueFront
+from server.rpc.relay_front import RelayFront
 
 WAIT_S = 30  # long enough for a crowded machine; nothing waits this long unless a test is about to fail
 CUT = ("grpc.use_local_subchannel_pool", 1)  # a connection of its own for every channel
@@ -116,9 +116,9 @@ class Served:
 Serve = Callable[..., Served]
 
 
-@pytest.fixture(params=["queue", "public"])
+@pytest.fixture(params=["direct", "public", "relayed"])
 def kind(request: pytest.FixtureRequest) -> type[Front]:
-    return choose_front(request.param)
+    return choose_front("direct", 1) if request.param == "relayed" else choose_front(request.param)
 
 
 @pytest.fixture
@@ -169,10 +169,9 @@ def test_an_answer_may_come_from_another_thread(serve: Serve, engine: ThreadPool
     assert served.unary("/t.S/Echo")(b"abc", timeout=WAIT_S) == b"cba"
 
 
-@pytest.mark.parametrize("slots", [1, 64])
-def test_many_calls_at_once_get_their_own_answers(serve: Serve, engine: ThreadPoolExecutor, slots: int) -> None:
+def test_many_calls_at_once_get_their_own_answers(serve: Serve, engine: ThreadPoolExecutor) -> None:
     """2,000 calls, 64 in flight, answered out of order by four threads: every caller gets the answer to its own question."""
-    served = serve({"/t.S/Echo": unary(lambda call, request: (engine.submit(call.reply, b"re:" + request), None)[1])}, slots=slots)
+    served = serve({"/t.S/Echo": unary(lambda call, request: (engine.submit(call.reply, b"re:" + request), None)[1])})
     call, flight, answers = served.unary("/t.S/Echo"), threading.Semaphore(64), {}
     for i in range(2_000):
         assert flight.acquire(timeout=WAIT_S)
@@ -871,7 +870,7 @@ def test_a_stopped_front_gives_its_port_back(kind: type[Front]) -> None:
         front.stop(WAIT_S)
 
 
-@pytest.mark.parametrize("which", ["queue", "public"])
+@pytest.mark.parametrize("which", ["direct", "public"])
 def test_a_process_that_forgets_to_stop_its_front_still_ends(which: str) -> None:
     """Leaving without `stop`, with a call open, ends the process with its own exit status."""
     program = f"""
@@ -922,7 +921,7 @@ def test_tls(kind: type[Front], tmp_path: Path) -> None:
     made = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
     subprocess.run([*made.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
     front = kind({"/t.S/Echo": unary(echo)})
-    port = front.listen("127.0.0.1:0", grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())]))
+    port = front.listen("127.0.0.1:0", Tls(certificate, key))
     front.start()
     options = [CUT, ("grpc.ssl_target_name_override", "localhost")]
     trusting = grpc.ssl_channel_credentials(certificate.read_bytes())
@@ -937,25 +936,10 @@ def test_tls(kind: type[Front], tmp_path: Path) -> None:
 # ---- Which front ----
 
 
-def test_the_completion_queue_is_chosen_where_it_was_tested() -> None:
-    """The grpcio of this environment is one the default front may be used with."""
-    assert queue_front.unusable() is None
-    assert choose_front() is choose_front("queue") is QueueFront
+def test_the_direct_front_is_the_default() -> None:
+    """And a name that is none is refused with those that there are."""
+    assert choose_front() is choose_front("direct") is DirectFront
     assert choose_front("public") is PublicFront
-    with pytest.raises(ValueError, match="auto, queue and public"):
+    assert choose_front(processes=2) is RelayFront
+    with pytest.raises(ValueError, match="auto, direct and public"):
         choose_front("aio")
-
-
-@pytest.mark.parametrize("fault", ["version", "symbol"])
-def test_a_grpcio_that_was_not_tested_falls_back_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
-) -> None:
-    """An unknown version or a missing symbol leads to the public front with a warning, or to an error if the queue was demanded."""
-    if fault == "version":
-        monkeypatch.setattr(grpc, "__version__", "9.99.0")
-    else:
-        monkeypatch.delattr(queue_front.cygrpc, "SendMessageOperation")
-    assert choose_front("auto") is PublicFront
-    assert ("9.99.0" if fault == "version" else "cygrpc.SendMessageOperation") in caplog.text
-    with pytest.raises(RuntimeError, match="completion-queue front cannot be used"):
-        choose_front("queue")

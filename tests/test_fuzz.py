@@ -26,7 +26,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=["direct", "public"])
 def field(request: pytest.FixtureRequest, library: Path) -> Iterator[fuzz.Field]:
     with fuzz.field(library, request.param) as field:
         yield field

@@ -19,7 +19,7 @@ from protos import model_config_pb2 as config_pb
 from protos import seqserve_pb2
 from tests import models
 from tests.figures.bench_models import model_b
-from tests.process import ROOT, Served, reason, serve
+from tests.process import FRONTS, ROOT, Served, reason, serve
 from tests.test_server import tokens_request
 
 SERVICE = "/inference.GRPCInferenceService"
@@ -72,9 +72,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=list(FRONTS))
 def served(request: pytest.FixtureRequest, library: Path) -> Iterator[Served]:
-    with serve(library, "--front", request.param) as server:
+    with serve(library, *FRONTS[request.param]) as server:
         yield server
 
 
@@ -371,7 +371,9 @@ def test_statistics(served: Served) -> None:
     s, b = after.inference_stats, before.inference_stats
     assert s.success.count - b.success.count == s.queue.count - b.queue.count == 5
     assert s.compute_input.count == s.compute_infer.count == s.compute_output.count == s.success.count
-    assert s.success.ns == pytest.approx(s.queue.ns + s.compute_infer.ns, abs=2)
+    assert s.success.ns == pytest.approx(s.queue.ns + s.compute_input.ns + s.compute_infer.ns + s.compute_output.ns, abs=4)
+    assert min(s.compute_input.ns, s.compute_output.ns) > 0
+    assert all(min(b.compute_input.ns, b.compute_infer.ns, b.compute_output.ns) > 0 for b in after.batch_stats)
     assert s.compute_infer.ns > b.compute_infer.ns
     rounds = {batch.batch_size: batch.compute_infer.count for batch in after.batch_stats}
     assert sum(rounds.values()) == after.execution_count

@@ -17,15 +17,18 @@ from onnx import TensorProto, helper
 
 from contract import bundle as contract
 from contract.bundle import Bundle, Graph, State, Tensor
+from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server import turns as running
 from server.app import App
 from server.config import Config
 from server.inputs import Sizes
 from server.records import Record
+from server.rpc import wire as on_the_wire
 from server.rpc.answer import Answer, Desk
 from server.rpc.front import Metadata
 from server.rpc.sessions import _Stream
+from server.sequence import Sequence
 from tests import models
 from tests.models import FLOAT, INT64, OPSET
 
@@ -93,8 +96,9 @@ def pieces(seed: int, turns: int) -> list[np.ndarray]:
     bad=st.none() | st.integers(0, 29), store=st.sampled_from(["memory", "lmdb:PLACE"]),
 )  # fmt: skip
 def test_nobody_can_tell(seed: int, sessions: int, turns: int, chunk: int, bad: int | None, store: str) -> None:
-    """Sent one by one or all ahead, in messages cut anywhere, with a turn among them that is refused: the same bytes for each
-    turn, the same refusal, the same session afterwards, here and in the store."""
+    """Sent one by one or all ahead, in messages cut anywhere, with a turn among them that is refused: the same output for each
+    turn, the same refusal, the same session afterwards, here and in the store. Each tells how long it took, and sent again or
+    read from the store it is told as it was the first time."""
     brought = {f"s{n}": pieces(seed + n, turns) for n in range(sessions)}
     if bad is not None and bad < turns:
         brought["s0"][bad] = np.full((1, 1, WIDTH), np.nan, np.float32)
@@ -113,10 +117,18 @@ def test_nobody_can_tell(seed: int, sessions: int, turns: int, chunk: int, bad: 
                 if not ahead or rng.random() < 0.3:
                     run(app)
             run(app)
-            told.append({(r.session, r.turn): r.refusal.reason.encode() or r.SerializeToString() for r in wire.replies})
+            first = {(r.session, r.turn): r for r in wire.replies}
+            assert all(r.timing.rounds >= 1 and r.timing.run > 0 and r.timing.queue >= 0 for r in first.values() if not r.refusal.code)
+            told.append({place: r.refusal.reason.encode() or _untimed(r) for place, r in first.items()})
             for id in brought:
                 assert [r.turn for r in wire.replies if r.session == id] == list(range(1, turns + 1))
-            left.append({id: (app.shelf.get(id).turn, *(a.reply for a in app.shelf.get(id).replies)) for id in brought})
+            for id, xs in brought.items():
+                turn, replies = app.shelf.get(id).turn, app.shelf.get(id).replies
+                assert [pb.TurnReply.FromString(a.reply) for a in replies] == [first[id, n + 1] for n in range(turn)]
+                again = Wire(app)
+                again.send(*(request(id, n + 1, xs[n]) for n in range(turn)))
+                assert again.replies == [first[id, n + 1] for n in range(turn)]
+            left.append({id: (app.shelf.get(id).turn,) for id in brought})
             if store != "memory":
                 kept = {r.kept.id: r for r in app.store.scan() if isinstance(r, Record)}
                 for id in brought:
@@ -127,6 +139,25 @@ def test_nobody_can_tell(seed: int, sessions: int, turns: int, chunk: int, bad: 
                     assert b"".join(a.tobytes() for a in kept[id].arrays or ()) == states
     assert told[0] == told[1]
     assert left[0] == left[1]
+
+
+def _untimed(reply: pb.TurnReply) -> bytes:
+    """What depends on what was sent alone."""
+    plain = pb.TurnReply()
+    plain.CopyFrom(reply)
+    plain.ClearField("timing")
+    return plain.SerializeToString()
+
+
+@given(st.integers(1, 15), st.floats(0, 1e6), st.floats(0, 1e6), st.integers(0, 2**32 - 1))
+def test_timing_as_protobuf_writes_it(field: int, queue: float, run: float, rounds: int) -> None:
+    """The bytes that are put together by hand are the message."""
+    ran = Sequence("main", {}, Sizes(1, 1), lambda s, outputs: None, lambda e: None)
+    ran.queued, ran.run, ran.rounds = queue, run, rounds
+    told = on_the_wire.timing(field, ran)
+    head = bytes((field << 3 | 2, len(told) - 2))
+    assert told[:2] == head
+    assert tasks_pb.Timing.FromString(told[2:]) == tasks_pb.Timing(queue=queue, run=run, rounds=rounds)
 
 
 def _counted(app: App, turns: list[int]) -> Callable[[], None]:
@@ -165,7 +196,7 @@ def test_numbered_or_not_together() -> None:
         x = np.ones((1, 1, WIDTH), np.float32)
         for number in (1, 2, None, 4, None, 6, 7):
             work = running.Asked(
-                lambda model, rest: running.Plan(lambda views: b"%d" % len(heard), inputs=((x.tobytes(),), Sizes(1, 1))),
+                lambda model, rest: running.Plan(lambda views, ran: b"%d" % len(heard), inputs=((x.tobytes(),), Sizes(1, 1))),
                 lambda reply: heard.append(reply if isinstance(reply, bytes) else str(reply).encode()),
             )
             app.turns.turn("s", number, b"" if number is None else b"d%d" % number, work, None if number is None else 0)

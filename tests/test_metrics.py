@@ -118,9 +118,9 @@ def test_whoever_waits_longest() -> None:
     assert model.engine.waited() == (0.0, 0.0)
     tokens = {"tokens": np.ones((1, 40), np.int64)}
     now = 101.0
-    model.tensors.start(tokens, lambda *_: None, lambda _: None, None)
+    model.tensors.start(tokens, lambda *_: None, lambda _: None)
     now = 103.0
-    model.tensors.start(tokens, lambda *_: None, lambda _: None, None)
+    model.tensors.start(tokens, lambda *_: None, lambda _: None)
     now = 104.0
     assert model.engine.waited()[0] == 3.0
     while workers.step():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import queue
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import seqserve
@@ -28,18 +31,23 @@ from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2
 from seqserve import access
 from server import keys as keys_room
+from server.app import App
+from server.certificates import KINDS, traits
+from server.config import Config
 from server.errors import Overloaded, ServeError, Unauthenticated
 from server.keys import Keys
 from server.metrics import Metrics
-from server.quotas import Quota, Tenant
+from server.quotas import Caller, Quota, Tenant
 from server.rpc.answer import Desk
-from tests import models, pins
-from tests.process import ROOT, Served, reason, serve
+from server.rpc.parameters import Parameters
+from tests import audit, models, pins
+from tests.process import FRONTS, ROOT, Served, reason, serve
 from tests.test_server import tokens_request
 from tests.test_turns import Calls, scores, turn
 
 INFERENCE = "/inference.GRPCInferenceService"
 SESSIONS = "/seqserve.v1.Sessions"
+BATCH = "spiffe://acme.example/batch"
 KEYS = {name: f"{name}-key-{i:040d}" for i, name in enumerate(("ann", "bob", "boss", "small", "slow", "late"))}
 WAIT_S = 30
 
@@ -80,12 +88,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=list(FRONTS))
 def running(request: pytest.FixtureRequest, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     file.write_text(FILE)
     with serve(
-        library, "--front", request.param, "--keys", str(file), "--keys-interval", "0", "--allow-shared-memory", "--access-log",
+        library, *FRONTS[request.param], "--keys", str(file), "--keys-interval", "0", "--allow-shared-memory", "--access-log",
         "--log-level", "debug",
     ) as server:  # fmt: skip
         yield Running(server, file)
@@ -96,10 +104,10 @@ def running(request: pytest.FixtureRequest, library: Path, tmp_path_factory: pyt
 class As(Served):
     """A server as one key's owner sees it."""
 
-    def __init__(self, server: Served, key: str, header: str = "authorization") -> None:
+    def __init__(self, over: Served | grpc.Channel, key: str | None = None, header: str = "authorization") -> None:
         value = f"Bearer {key}" if header == "authorization" else key
-        self._shown = _Shown(header, value)
-        self.channel = grpc.intercept_channel(server.channel, self._shown)
+        channel = over.channel if isinstance(over, Served) else over
+        self.channel = grpc.intercept_channel(channel, _Shown(header, value)) if key is not None else channel
 
 
 class _Shown(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInterceptor, grpc.UnaryStreamClientInterceptor):
@@ -492,6 +500,33 @@ def test_no_guess_lets_in(shown: list[tuple[str, str | bytes]]) -> None:
     assert not GUESSED._known
 
 
+# ---- What is installed ----
+
+
+def test_what_an_audit_says() -> None:
+    """Vulnerable, looked up and not looked up are told apart; what is no report is no clean bill."""
+    report = {
+        "dependencies": [
+            {"name": "a", "version": "1", "vulns": []},
+            {"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2.1"]}, {"id": "PYSEC-2", "fix_versions": []}]},
+            {"name": "c", "skip_reason": "not found"},
+        ],
+        "fixes": [],
+    }
+    found = audit.judged(json.dumps(report))
+    assert found.vulnerable == ("b 2: PYSEC-1, mended in 2.1", "b 2: PYSEC-2, mended in no release yet")
+    assert (found.asked, found.unknown) == (2, ("c",))
+    for said in ("exit 1", 'echo "No known vulnerabilities found"', "echo {}"):
+        with tempfile.NamedTemporaryFile("w") as program:
+            program.write(f"#!/bin/sh\n{said}\n")
+            program.flush()
+            Path(program.name).chmod(0o700)
+            copy = Path(shutil.copy(program.name, f"{program.name}-run"))  # a file that is open for writing can't be run
+            with pytest.raises(ValueError):
+                audit.audit(copy, ["a==1"])
+            copy.unlink()
+
+
 # ---- The file ----
 
 FAULTS = {
@@ -502,7 +537,7 @@ FAULTS = {
     "a role": ('[[keys]]\ntenant = "a"\nrole = "SECRET"\nsha256 = "' + "0" * 64 + '"', "role is user or operator"),
     "a tenant": ('[[keys]]\ntenant = "A|B"\nsha256 = "' + "0" * 64 + '"', "tenant is a name"),
     "a quota": ("[tenants.a]\nsessions = -1\n" + entry("ann", "a"), "0 \\(no limit\\) or more"),
-    "another quota": ("[tenants.a]\nmodels = 1\n" + entry("ann", "a"), "there are only sessions, calls, streams, rate, burst"),
+    "another quota": ("[tenants.a]\nmodels = 1\n" + entry("ann", "a"), "there are only sessions, calls, streams, rate, burst, priority"),
     "twice": (entry("ann", "a") + entry("ann", "b"), "there twice"),
 }
 
@@ -595,12 +630,14 @@ def test_streams_of_a_connection(library: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """An authority's, a server's and a client's, and a stranger's."""
+    """An authority's, a server's and a client's, a stranger's; and those of a service mesh's workload and of somebody unknown."""
 
     ca: Path
     server: Path
     client: Path
     stranger: Path
+    batch: Path
+    unknown: Path
 
 
 @pytest.fixture(scope="module")
@@ -614,11 +651,13 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     for ca in ("ca", "other"):
         openssl("req", "-x509", *new, "-days", "2", "-subj", f"/CN={ca}", "-keyout", f"{ca}.key", "-out", f"{ca}.pem")
     (root / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    for name, ca in (("server", "ca"), ("client", "ca"), ("stranger", "other")):
+    (root / "batch-names").write_text(f"subjectAltName=DNS:batch.acme.example,URI:{BATCH}\n")
+    for name, ca in (("server", "ca"), ("client", "ca"), ("stranger", "other"), ("batch", "ca"), ("unknown", "ca")):
         openssl("req", *new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        signed = ("-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
+        names = "batch-names" if name == "batch" else "names"
+        signed = ("-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "2", "-extfile", names)
         openssl("x509", "-req", "-in", f"{name}.csr", *signed, "-out", f"{name}.pem")
-    return Certificates(*(root / f"{name}.pem" for name in ("ca", "server", "client", "stranger")))
+    return Certificates(*(root / f"{name}.pem" for name in ("ca", "server", "client", "stranger", "batch", "unknown")))
 
 
 @contextmanager
@@ -628,7 +667,7 @@ def client_of(server: Served, **files: Path) -> Iterator[seqserve.Client]:
         yield client
 
 
-@pytest.mark.parametrize("front", ["queue", "public"])
+@pytest.mark.parametrize("front", FRONTS)
 def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Path) -> None:
     """A client that trusts the authority gets its answers over TLS, by the command too; one in the clear, or that trusts another
     authority, gets none."""
@@ -636,7 +675,7 @@ def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Pa
     file.write_text(FILE)
     key.write_text(KEYS["ann"] + "\n")
     pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))
-    with serve(library, "--front", front, "--keys", str(file), *pair) as server:
+    with serve(library, *FRONTS[front], "--keys", str(file), *pair) as server:
         with client_of(server, ca=certificates.ca) as client:
             assert client.live()
             with pytest.raises(seqserve.Denied):
@@ -655,11 +694,11 @@ def test_tls(front: str, certificates: Certificates, library: Path, tmp_path: Pa
         assert (denied.returncode, "wants a key" in denied.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("front", ["queue", "public"])
+@pytest.mark.parametrize("front", FRONTS)
 def test_mutual_tls(front: str, certificates: Certificates, library: Path) -> None:
     """With an authority for clients, only who has its certificate is answered, by client and command."""
     pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))
-    with serve(library, "--front", front, *pair, "--tls-client-ca", str(certificates.ca)) as server:
+    with serve(library, *FRONTS[front], *pair, "--tls-client-ca", str(certificates.ca)) as server:
         with client_of(server, ca=certificates.ca, cert=certificates.client, key=certificates.client.with_suffix(".key")) as client:
             assert [m.name for m in client.models()]
             with client.session("reader") as session:
@@ -673,6 +712,114 @@ def test_mutual_tls(front: str, certificates: Certificates, library: Path) -> No
         assert "reader" in command("models", *where, *mine).stdout
         half = command("models", *where, *mine[:2])
         assert (half.returncode, "go together" in half.stderr) == (2, True)
+
+
+CERTIFIED = f"""
+[[certificates]]
+name = "batch"
+tenant = "acme"
+uri = "{BATCH}"
+
+[[certificates]]
+name = "boss"
+tenant = "acme"
+role = "operator"
+subject = "CN=client"
+"""
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_tenants_by_certificate(front: str, certificates: Certificates, library: Path, tmp_path: Path) -> None:
+    """Who shows a certificate of an entry is that tenant without a key: its sessions, its role. A key that is shown counts before
+    it, right or wrong; who shows neither is told so; and an entry that is taken out is out for connections that are open."""
+    file = tmp_path / "keys.toml"
+    file.write_text(FILE + CERTIFIED)
+    pair = ("--tls-cert", str(certificates.server), "--tls-key", str(certificates.server.with_suffix(".key")))
+    listed = sessions_pb2.ListRequest()
+    with (
+        serve(library, *FRONTS[front], "--keys", str(file), *pair, "--tls-client-ca", str(certificates.ca)) as server,
+        ExitStack() as ends,
+    ):
+
+        def showing(certificate: Path, key: str | None = None) -> As:
+            files = [f.read_bytes() for f in (certificates.ca, certificate.with_suffix(".key"), certificate)]
+            channel = ends.enter_context(grpc.secure_channel(f"localhost:{server.port}", grpc.ssl_channel_credentials(*files)))
+            return As(channel, key)
+
+        batch, boss, bob = showing(certificates.batch), showing(certificates.client), showing(certificates.batch, KEYS["bob"])
+        calls = Calls(batch)
+        assert scores(sessions_pb2.TurnReply.FromString(calls.turn(turn(calls.new(session="mine"), 1, [1, 2]))))
+        assert [s.session for s in Calls(boss).list(listed).sessions] == ["mine"]
+        assert not Calls(bob).list(listed).sessions
+        settings = f"{INFERENCE}/LogSettings"
+        assert why(batch.method(settings), pb.LogSettingsRequest())[1] == "OPERATORS_ONLY"
+        assert boss.method(settings)(pb.LogSettingsRequest())
+        assert why(Calls(showing(certificates.batch, "guessed")).list, listed)[1] == "BAD_KEY"
+        assert why(Calls(showing(certificates.unknown)).list, listed)[1] == "BAD_CERTIFICATE"
+        assert showing(certificates.unknown).method(f"{INFERENCE}/ServerLive")(pb.ServerLiveRequest())
+        file.write_text(FILE + CERTIFIED.replace(BATCH, BATCH + "-no-more"))
+        server.process.send_signal(signal.SIGHUP)
+        assert until_refused(lambda: calls.list(listed)) == "BAD_CERTIFICATE"
+        assert Calls(boss).list(listed).total == 1
+
+
+def until_refused(call: Callable[[], object]) -> str:
+    """Why a call is refused in the end."""
+    while True:
+        try:
+            call()
+        except grpc.RpcError as e:
+            return reason(e)[1]
+
+
+def test_what_a_certificate_says(certificates: Certificates, tmp_path: Path) -> None:
+    """It is found by each of its names however they are written, is refused where two entries claim it, and a file whose entries
+    name nothing that can be shown is faulty."""
+    der = ssl.PEM_cert_to_DER_cert(certificates.batch.read_text())
+    digest = hashlib.sha256(der).hexdigest().upper()
+    spellings = (
+        f'uri = "{BATCH}"', 'dns = "Batch.ACME.example"', 'subject = " CN=batch"', 'subject = "2.5.4.3=batch"',
+        f'sha256 = "{":".join(digest[i : i + 2] for i in range(0, 64, 2))}"',
+    )  # fmt: skip
+    file = tmp_path / "keys.toml"
+    for one in spellings:
+        file.write_text(f'[[certificates]]\ntenant = "acme"\n{one}\n')
+        keys = Keys(file, 0)
+        assert keys.who((), der) is keys.who((), bytes(der)), one
+        with pytest.raises(Unauthenticated, match="is of none"):
+            keys.who((), ssl.PEM_cert_to_DER_cert(certificates.client.read_text()))
+    claims = [f'[[certificates]]\ntenant = "{tenant}"\n{one}\n' for tenant, one in zip("ab", spellings, strict=False)]
+    file.write_text("".join(claims))
+    with pytest.raises(Unauthenticated, match="is of several"):
+        Keys(file, 0).who((), der)
+    for fault, expected in (
+        ('subject = "batch"', "subject is a name such as"), ('sha256 = "ab"', "fingerprint in 64"), ('dns = ""', "dns is empty"),
+        ("", "it has one of uri, dns, email, subject, sha256"), ('dns = "a"\nuri = "b"', "it has one of"),
+        ('cn = "batch"', "and nothing else"),
+    ):  # fmt: skip
+        file.write_text(f'[[certificates]]\ntenant = "acme"\n{fault}\n')
+        with pytest.raises(ValueError, match=expected):
+            Keys(file, 0)
+
+
+def test_certificates_that_nobody_can_show(library: Path, tmp_path: Path) -> None:
+    """Entries for certificates without an authority for them are a mistake that a server does not start with."""
+    file = tmp_path / "keys.toml"
+    file.write_text(CERTIFIED)
+    with pytest.raises(ValueError, match="only show with --tls-client-ca"):
+        App(Config(models=library, keys=file))
+
+
+@settings(max_examples=300)
+@given(st.binary() | st.integers(0, 2**16).flatmap(lambda at: st.binary(min_size=1, max_size=4).map(lambda cut: (at, cut))))
+def test_no_certificate_is_too_odd(certificates: Certificates, given: bytes | tuple[int, bytes]) -> None:
+    """Whatever bytes a certificate is made of, it is read or refused, and lets nobody in."""
+    der = ssl.PEM_cert_to_DER_cert(certificates.batch.read_text())
+    if isinstance(given, tuple):
+        at = given[0] % len(der)
+        given = der[:at] + given[1] + der[at + len(given[1]) :]
+    with suppress(ValueError):
+        assert {kind for kind, _ in traits(given)} <= set(KINDS)
 
 
 def command(*words: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -717,3 +864,17 @@ def test_a_keyless_server_has_no_gate(library: Path) -> None:
     """Without --keys a method is started by the same code as before there were any."""
     started = Desk(Metrics(), False).unary(tasks_pb.ModelsRequest, lambda r, a: None).start
     assert "start_known" not in started.__qualname__
+
+
+@pytest.mark.parametrize(("asked", "most", "runs"), [(0, 0, 3), (1, 0, 1), (1, 2, 2), (4, 2, 4), (9, 0, 3), (0, 5, 5), (1, 3, 3)])
+def test_classes(asked: int, most: int, runs: int) -> None:
+    """A request runs in the class that it asks for, the default's where it asks for none or one that there isn't, and in none above
+    its tenant's highest; its share of the server is its tenant's."""
+
+    class Asker:
+        deadline = None
+        flow = "tenant"
+        caller = Caller("key", Tenant("t", Quota(priority=most)), False)
+
+    claim = Parameters(priority=asked).claim(Asker())  # type: ignore[arg-type]  # all that is asked of it
+    assert (claim.level, claim.flow) == (runs, "tenant")

@@ -22,7 +22,7 @@ from protos import inference_pb2 as pb
 from server.graph import OnnxGraph
 from server.metrics import TABLE
 from tests import models
-from tests.process import Served, reason, serve
+from tests.process import FRONTS, Served, reason, serve
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 
@@ -41,9 +41,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=list(FRONTS))
 def served(request: pytest.FixtureRequest, library: Path) -> Iterator[Served]:
-    with serve(library, "--front", request.param, "--max-message-bytes", "100000") as server:
+    with serve(library, *FRONTS[request.param], "--max-message-bytes", "100000") as server:
         yield server
 
 
@@ -283,10 +283,10 @@ def test_refused_bundles_are_told(served: Served) -> None:
     assert "unknown key 'wrong'" in log
 
 
-@pytest.mark.parametrize("front", ["queue", "public"])
+@pytest.mark.parametrize("front", FRONTS)
 def test_a_full_queue(library: Path, front: str) -> None:
     """Past the queue callers get RESOURCE_EXHAUSTED with a delay; those taken are answered, and later ones too."""
-    with serve(library, "--front", front, "--max-queue", "2", "--chunk", "1") as server:
+    with serve(library, *FRONTS[front], "--max-queue", "2", "--chunk", "1") as server:
         infer = server.method(INFER, pb.ModelInferResponse)
         calls = [infer.future(tokens_request(np.ones((64, 190)), "heavy")) for _ in range(10)]
         refused = [e for e in (call.exception() for call in calls) if e is not None]
@@ -299,11 +299,12 @@ def test_a_full_queue(library: Path, front: str) -> None:
         assert infer(tokens_request([[1]])).outputs
 
 
-@pytest.mark.parametrize("front", ["queue", "public"])
+@pytest.mark.parametrize("front", FRONTS)
 def test_a_long_queue(library: Path, front: str) -> None:
     """Past a full round, who would wait longer than anyone may is refused with how long it takes; the others are answered."""
-    with serve(library, "--front", front, "--max-wait", "0.001", "--max-rows", "1", "--chunk", "1") as server:
+    with serve(library, *FRONTS[front], "--max-wait", "0.001", "--max-rows", "1", "--chunk", "1") as server:
         infer = server.method(INFER, pb.ModelInferResponse)
+        assert infer(tokens_request(np.ones((1, 190)), "heavy")).outputs  # what a step takes is known from rounds that ran
         calls = [infer.future(tokens_request(np.ones((1, 190)), "heavy")) for _ in range(20)]
         refused = [e for e in (call.exception() for call in calls) if e is not None]
         assert 0 < len(refused) < 20
@@ -314,10 +315,10 @@ def test_a_long_queue(library: Path, front: str) -> None:
             assert delay > 0.001
 
 
-@pytest.mark.parametrize("front", ["queue", "public"])
+@pytest.mark.parametrize("front", FRONTS)
 def test_sigterm_drains(library: Path, front: str) -> None:
     """On SIGTERM what runs is answered, what comes too late is told to go elsewhere, watchers are told, exit status 0."""
-    with serve(library, "--front", front) as server:
+    with serve(library, *FRONTS[front]) as server:
         infer = server.method(INFER, pb.ModelInferResponse)
         watch = server.stream("/grpc.health.v1.Health/Watch", health_pb2.HealthCheckResponse)(health_pb2.HealthCheckRequest())
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING

@@ -47,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made / "models"
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=["direct", "public"])
 def served(request: pytest.FixtureRequest, models: Path) -> Iterator[Served]:
     with serve(models, "--front", request.param) as server:
         yield server

@@ -33,7 +33,7 @@ SENTENCES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=["direct", "public"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     with serve(ROOT / "models", "--front", request.param) as server:
         yield server

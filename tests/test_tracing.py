@@ -53,7 +53,7 @@ def exported() -> Exported:
     return Exported()
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=["direct", "public"])
 def app(request: pytest.FixtureRequest, exported: Exported) -> Iterator[App]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "exporting", lambda _: SimpleSpanProcessor(exported))

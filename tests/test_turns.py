@@ -20,9 +20,10 @@ from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server.graph import OnnxGraph
 from tests import models
-from tests.process import ROOT, Served, reason, serve
+from tests.process import FRONTS, ROOT, Served, reason, serve
 
 SERVICE = "/seqserve.v1.Sessions"
+CHUNK = 5
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["queue", "public"])
+@pytest.fixture(scope="module", params=list(FRONTS))
 def served(request: pytest.FixtureRequest, library: Path) -> Iterator[Served]:
-    with serve(library, "--front", request.param, "--chunk", "5", "--max-sessions", "200") as server:
+    with serve(library, *FRONTS[request.param], "--chunk", str(CHUNK), "--max-sessions", "200") as server:
         yield server
 
 
@@ -97,7 +98,11 @@ def test_unary_turns_make_the_whole(served: Served, whole: Any) -> None:
             reply = calls.turn(request)
             if rng.random() < 0.5:
                 assert calls.turn(request) == reply
-            read += scores(pb.TurnReply.FromString(reply))
+            answer = pb.TurnReply.FromString(reply)
+            read += scores(answer)
+            assert answer.timing.rounds >= -(-len(piece) // CHUNK)
+            assert answer.timing.run > 0
+            assert answer.timing.queue >= 0
         calls.close(pb.SessionName(session=session))
         return read == whole(tokens)
 
@@ -340,6 +345,9 @@ def test_sequences_of_the_open_inference_protocol(served: Served, whole: Any, id
     replies = [infer(r) for r in (first, first, second, second)]
     assert replies[0] == replies[1]
     assert replies[2] == replies[3]
+    for reply in map(inference_pb.ModelInferResponse.FromString, replies):
+        assert reply.parameters["rounds"].int64_param >= 1
+        assert {"queue_us", "run_us"} <= set(reply.parameters)
     assert b"".join(inference_pb.ModelInferResponse.FromString(r).raw_output_contents[0] for r in replies[::2]) == expected
     assert refused(infer, step(id, [1], number=5))[1] == "GAP"
     assert refused(infer, step(0, [1], start=True))[1] == "BAD_SEQUENCE_ID"

@@ -176,7 +176,7 @@ def test_no_reply_overtakes(tmp_path: Path) -> None:
         tokens = np.array([number], np.int64).tobytes()
 
         def brought(model: Model, rest: str) -> Plan:
-            return Plan(lambda outputs: b"read", inputs=((tokens,), Sizes(1, 1)))
+            return Plan(lambda outputs, ran: b"read", inputs=((tokens,), Sizes(1, 1)))
 
         def hear(reply: bytes | ServeError) -> None:
             if number == 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
@@ -21,6 +21,7 @@ from server import logs
 from server.errors import InvalidInput, ModelFailed, ServeError
 from server.metrics import Metrics
 from server.rpc.front import Call, Metadata, Method, Receiver, server_stream, stream, unary
+from server.shares import DEFAULT, Claim
 
 if TYPE_CHECKING:
     from server.quotas import Caller
@@ -57,6 +58,20 @@ class Answer:
     @property
     def deadline(self) -> float | None:
         return self.call.deadline
+
+    @property
+    def flow(self) -> Hashable:
+        return self.call.peer if self.caller is None else self.caller.tenant
+
+    def claim(self, lasting: bool = False) -> Claim:
+        """What a request of this call may claim, that says nothing of it itself; a `lasting` one is run however long it takes."""
+        caller = self.caller
+        return Claim(None if lasting else self.call.deadline, DEFAULT if caller is None else caller.tenant.level(DEFAULT), self.flow)
+
+    def asked(self, request: Message) -> None:
+        """What was asked, for the log of calls."""
+        if self._desk.access_log:
+            self.about = request
 
     def send(self, message: Message) -> None:
         """Unary: the answer. Streams: one message more."""
@@ -112,6 +127,12 @@ class Asked(Protocol):
     @property
     def caller(self) -> Caller | None: ...
 
+    @property
+    def flow(self) -> Hashable:
+        """Whose share of the server its work is charged to: the tenant's, without keys the connection's."""
+
+    def asked(self, request: Message) -> None: ...
+
     def done(self, message: Message) -> None: ...
 
     def done_bytes(self, message: bytes) -> None: ...
@@ -153,6 +174,23 @@ class Desk:
 
     def unary(self, request: type[M], handle: Callable[[M, Answer], None], operator: bool = False) -> Method:
         return unary(self._start(request, handle, operator, False))
+
+    def raw(self, handle: Callable[[bytes, Answer], None]) -> Method:
+        """A unary method whose handler parses for itself."""
+        gate = self._gate
+
+        def start(call: Call, data: bytes) -> None:
+            try:
+                answer = Answer(self, call, call.method) if gate is None else gate.admit(self, call, False, False)
+            except ServeError as e:
+                Answer(self, call, call.method).fail(e)
+                return
+            try:
+                handle(data, answer)
+            except Exception as e:  # one caller's fault must not reach another's call
+                answer.fail(e)
+
+        return unary(start)
 
     def server_stream(self, request: type[M], handle: Callable[[M, Answer], None], operator: bool = False) -> Method:
         return server_stream(self._start(request, handle, operator, True))

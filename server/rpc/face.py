@@ -22,6 +22,7 @@ from server.rpc.parameters import number, whole
 from server.rpc.shared_memory import REGION, Place, place
 from server.rpc.wire import Values
 from server.sequence import Sequence
+from server.shares import Claim
 from server.tasks.classify import Classifier
 from server.tasks.generate import Drawn, Generated, Generator
 from server.tasks.generate import Wanted as Wishes
@@ -54,11 +55,11 @@ class Texts(Protocol):
 
     def start(
         self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
-        deadline: float | None,
+        claim: Claim,
     ) -> Sequence:  # fmt: skip
         """Queue one text; where the task streams, `said` is called with each piece. Raises InvalidInput."""
 
-    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values, Sequence], bytes]) -> Plan:
         """One piece of a sequence's text. Raises InvalidInput where the task takes no pieces."""
 
 
@@ -78,20 +79,20 @@ class _Labels:
 
     def start(
         self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
-        deadline: float | None,
+        claim: Claim,
     ) -> Sequence:  # fmt: skip
         ids = self._task.ids(text)
         sequence = Sequence(
             self._model.bundle.main, {"tokens": ids[None]}, Sizes(1, len(ids)), lambda s, outputs: then(s, self.more(outputs)), failed
         )
-        self._model.engine.submit(sequence, deadline)
+        self._model.engine.submit(sequence, claim)
         return sequence
 
-    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values, Sequence], bytes]) -> Plan:
         read = self._task.read(text, rest)
         glance = ({"tokens": read.glance[None]}, Sizes(1, len(read.glance)))
         words = None if read.words is None else ({"tokens": read.words[None]}, Sizes(1, len(read.words)))
-        return Plan(lambda outputs: answer(self.more(outputs)), read.rest, words, glance)
+        return Plan(lambda outputs, ran: answer(self.more(outputs), ran), read.rest, words, glance)
 
 
 class _Translations:
@@ -106,7 +107,7 @@ class _Translations:
 
     def start(
         self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
-        deadline: float | None,
+        claim: Claim,
     ) -> Sequence:  # fmt: skip
         given = request.parameters
         beam, most = (whole(name, given[name]) if name in given else 0 for name in ("beam", "max_tokens"))
@@ -118,9 +119,9 @@ class _Translations:
         def done(sequence: Sequence, result: Translated) -> None:
             then(sequence, {TRANSLATION.name: _one(result.text)})
 
-        return self._task.start(text, Wanted(beam, most), done, failed, told if said is not None else None, deadline)
+        return self._task.start(text, Wanted(beam, most), done, failed, told if said is not None else None, claim)
 
-    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values, Sequence], bytes]) -> Plan:
         raise InvalidInput("NO_TURNS", "this model answers whole texts: send them without a sequence_id")
 
 
@@ -136,7 +137,7 @@ class _Continuations:
 
     def start(
         self, text: str, request: pb.ModelInferRequest, then: Then, failed: Failed, said: Callable[[Values], None] | None,
-        deadline: float | None,
+        claim: Claim,
     ) -> Sequence:  # fmt: skip
         given = request.parameters
         top_k, most = (whole(name, given[name]) if name in given else 0 for name in ("top_k", "max_symbols"))
@@ -152,9 +153,9 @@ class _Continuations:
             then(sequence, {CONTINUATION.name: _one(result.text)})
 
         wishes = Wishes(Manner(heat, top_k), seed, most, stop)
-        return self._task.start(text, wishes, done, failed, drawn if said is not None else None, deadline)
+        return self._task.start(text, wishes, done, failed, drawn if said is not None else None, claim)
 
-    def turn(self, text: str, rest: str, answer: Callable[[Values], bytes]) -> Plan:
+    def turn(self, text: str, rest: str, answer: Callable[[Values, Sequence], bytes]) -> Plan:
         raise InvalidInput("NO_TURNS", "over this protocol TEXT is gone on with at once: send it without a sequence_id")
 
 

@@ -1,7 +1,7 @@
 """The door of the server: what a remote call looks like to a handler, and what a front must do to carry it.
 
-Two fronts stand behind these protocols: `queue_front` drives gRPC's completion queue itself (the default), `public_front` uses
-grpcio's public API. This file knows neither bundles nor protobuf: handlers get bytes, give bytes and parse for themselves.
+Two fronts stand behind these protocols: `direct_front` speaks HTTP/2 itself (the default), `public_front` uses grpcio's
+server. This file knows neither bundles nor protobuf: handlers get bytes, give bytes and parse for themselves.
 
 The contract of a handler: it never blocks, it may answer from any thread at any later time, and it ends every call with `reply`
 (unary), `finish` (streams) or `fail`. What comes after the end, or after the caller has gone, is dropped without a word.
@@ -9,9 +9,11 @@ The contract of a handler: it never blocks, it may answer from any thread at any
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+import ssl
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import grpc
 
@@ -34,6 +36,11 @@ class Call(Protocol):
     @property
     def peer(self) -> str:
         """The caller's address as gRPC writes it, such as `ipv4:127.0.0.1:50412`."""
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        """What the caller proved itself with, in DER, held against the authority by TLS; None without mutual TLS. To be asked for
+        while the call begins."""
 
     @property
     def deadline(self) -> float | None:
@@ -112,11 +119,43 @@ class Options:
     streams: int = 0
     """Calls of one connection at once, whatever their kind; further ones wait at the caller. 0 is no limit."""
 
-    slots: int = 64
-    """Calls gRPC may hand over before the polling thread has turned to the first of them (completion queue only)."""
+    processes: int = 0
+    """Processes that carry calls, in place of the server's own thread (relayed front only)."""
+
+    keepalive_s: float = 30.0
+    """A connection of which nothing was heard for so long is asked whether anyone is there (direct front only)."""
+
+    keepalive_timeout_s: float = 20.0
+    """And given up with its calls where nothing comes for so long after that."""
 
 
 DEFAULTS = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files of a certificate chain and its key; with `client_ca`, callers must prove themselves with a certificate of it."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For gRPC's own servers. Raises OSError."""
+        ca = self.client_ca.read_bytes() if self.client_ca else None
+        pair = (self.key.read_bytes(), self.cert.read_bytes())
+        return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+
+    def context(self) -> ssl.SSLContext:
+        """For Python's sockets. Raises OSError, of which ssl.SSLError is one."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["h2"])
+        context.load_cert_chain(self.cert, self.key)
+        if self.client_ca is not None:
+            context.load_verify_locations(self.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
 
 class Besides(Protocol):
@@ -144,8 +183,8 @@ class Front(Protocol):
     def live(self) -> int:
         """Calls that have begun and are not over."""
 
-    def listen(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
-        """Bind `host:port` (port 0: any free one) and give the port bound; OSError if it is taken. Without credentials: no TLS."""
+    def listen(self, address: str, tls: Tls | None = None) -> int:
+        """Bind `host:port` (port 0: any free one) and give the port bound; OSError if it is taken or a file of `tls` can't be read."""
 
     def start(self) -> None:
         """Accept calls."""
@@ -160,26 +199,21 @@ class Front(Protocol):
         from a handler."""
 
 
-def choose_front(which: str = "auto") -> type[Front]:
-    """The front called "queue" or "public", or with "auto" the completion queue if this grpcio is one it was tested with."""
-    from server.rpc import public_front, queue_front
+def choose_front(which: str = "auto", processes: int = 0) -> type[Front]:
+    """The front called "direct" or "public"; with "auto" the first. With `processes` to carry calls, the relayed one."""
+    from server.rpc import direct_front, public_front, relay_front
 
-    if which not in ("auto", "queue", "public"):
-        raise ValueError(f"no front is called {which!r}; there are auto, queue and public")
+    if which not in ("auto", "direct", "public"):
+        raise ValueError(f"no front is called {which!r}; there are auto, direct and public")
     if which == "public":
         return public_front.PublicFront
-    fault = queue_front.unusable()
-    if fault is None:
-        return queue_front.QueueFront
-    if which == "queue":
-        raise RuntimeError(f"the completion-queue front cannot be used: {fault}")
-    logger.warning("calls are carried by grpcio's public API, at several times the CPU: %s", fault)
-    return public_front.PublicFront
+    return relay_front.RelayFront if processes else direct_front.DirectFront
 
 
 # ---- What both fronts must say and do alike ----
 
 HANDLER_FAILED = "the server failed while it handled this call; its log has the reason"
+DRAINING = "the server is shutting down; send the request again"
 NO_REQUEST = "the call ended without the one message this method takes"
 BAD_TRAILING = "the server tried to answer with metadata that gRPC cannot carry; its log has the reason"
 
@@ -199,6 +233,14 @@ def channel_arguments(options: Options) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         *([("grpc.max_concurrent_streams", options.streams)] if options.streams else []),
     ]
+
+
+def certificate(context: Mapping[Any, Iterable[bytes]] | None) -> bytes | None:
+    """A caller's certificate in DER, from what gRPC knows of its connection; some of its layers have names as bytes."""
+    for key in ("x509_pem_cert", b"x509_pem_cert"):
+        for pem in (context or {}).get(key, ()):
+            return ssl.PEM_cert_to_DER_cert(pem.decode())
+    return None
 
 
 def status_text(message: str) -> str:
@@ -227,9 +269,10 @@ def cannot_listen(address: str) -> str:
     return f"cannot listen on {address}: the port is taken, or the address is not one of this machine, or needs more rights"
 
 
-def no_such_method(name: str, methods: Mapping[str, Method]) -> str:
+def no_such_method(name: str, methods: Iterable[str]) -> str:
     """What to tell the caller of a method that nobody serves."""
     service = name.rpartition("/")[0]
+    methods = list(methods)
     siblings = sorted(known.rpartition("/")[2] for known in methods if known.rpartition("/")[0] == service)
     if siblings:
         return f"no method {name}; {service[1:]} has {', '.join(siblings)}"

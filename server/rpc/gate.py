@@ -1,4 +1,4 @@
-"""Who may call: lets callers in by their key, holds them to their tenant's quota, and keeps tenants' sessions apart.
+"""Who may call: lets callers in by their key or certificate, holds them to their tenant's quota, and keeps tenants' sessions apart.
 
 Where no keys are configured there is no gate, and a call pays nothing for it. A session of a tenant has, on the shelf and in
 the store, the tenant's name before its own; callers see it without. So what a caller names is always its tenant's, an id may
@@ -29,9 +29,10 @@ class Gate:
 
     def admit(self, desk: Desk, call: Call, operator: bool, stream: bool) -> Answer:
         """The answer to a call that may go on. Raises Unauthenticated, Denied, Overloaded."""
-        caller = self._keys.who(call.metadata)
+        keys = self._keys
+        caller = keys.who(call.metadata, call.peer_certificate if keys.certified else None)
         if operator and not caller.operator:
-            raise Denied("OPERATORS_ONLY", f"{call.method} is for operators; this key is a user's", tenant=caller.tenant.name)
+            raise Denied("OPERATORS_ONLY", f"{call.method} is for operators; you call as a user", tenant=caller.tenant.name)
         caller.tenant.spend()
         return _Known(desk, call, call.method, caller, caller.tenant.enter(stream))
 

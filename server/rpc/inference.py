@@ -6,9 +6,11 @@ import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listed
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from contract.bundle import Tensor
 from protos import inference_pb2 as pb
@@ -20,13 +22,14 @@ from server.errors import Conflict, Denied, InvalidInput, NotFound, ServeError
 from server.inputs import Array, Sizes, check
 from server.quotas import Caller
 from server.rpc import gate, model_config, parameters, wire
-from server.rpc.answer import Answer, Asked, Desk
+from server.rpc.answer import Answer, Asked, Desk, malformed
 from server.rpc.face import TEXT, Face
 from server.rpc.front import Method
 from server.rpc.parameters import SERVICE, Parameters
 from server.rpc.shared_memory import REGION, Place, Regions
 from server.rpc.tasks import MOST_LETTERS
 from server.rpc.together import Together
+from server.rpc.usual import Cut, Forms, Usual, cut, echoed
 from server.rpc.wire import Values
 from server.sequence import Outputs, Sequence
 from server.shelf import Shelf
@@ -42,6 +45,9 @@ _NOWHERE: Mapping[str, Place] = {}
 
 class Pieces(Protocol):
     """Who asks for an answer in pieces: `last` says that no more will come."""
+
+    def read(self, id: str, given: Parameters) -> None:
+        """What the request says of itself."""
 
     def send(self, response: bytes) -> None: ...
 
@@ -59,6 +65,8 @@ class Inference:
         self._faces: dict[Engine, Face] = {}  # replaced, never changed: readers need no lock
         self._lock = threading.Lock()  # of the line below
         self._ending: dict[str, list[_Step]] = {}  # sequences whose end is under way → what came behind it
+        self._forms = Forms()
+        self._quick = not config.access_log  # whose lines say what was asked
         self._extensions = (*EXTENSIONS, "system_shared_memory") if regions.allowed else EXTENSIONS
 
     def methods(self, desk: Desk) -> Mapping[str, Method]:
@@ -70,7 +78,7 @@ class Inference:
             f"/{SERVICE}/ServerMetadata": desk.unary(pb.ServerMetadataRequest, self.server_metadata),
             f"/{SERVICE}/ModelMetadata": desk.unary(pb.ModelMetadataRequest, self.model_metadata),
             f"/{SERVICE}/ModelConfig": desk.unary(pb.ModelConfigRequest, self.model_config),
-            f"/{SERVICE}/ModelInfer": desk.unary(pb.ModelInferRequest, lambda r, answer: self.infer(r, parameters.read(r), answer)),
+            f"/{SERVICE}/ModelInfer": desk.raw(self.take),
         }
 
     def server_ready(self, request: pb.ServerReadyRequest, answer: Answer) -> None:
@@ -95,6 +103,75 @@ class Inference:
         face = self._face(self._catalog.find(request.name, request.version))
         answer.done(pb.ModelConfigResponse(config=model_config.config(face, self._config)))
 
+    def take(self, data: bytes, answer: Asked, pieces: Pieces | None = None) -> None:
+        """Answer one request, as it came. Raises InvalidInput, NotFound, Overloaded."""
+        fields = cut(data) if self._quick else None
+        if fields is not None:
+            form, id, sequence, raw = fields
+            usual = self._forms.find(form, raw)
+            if usual is not None and self._usual(usual, form, id, sequence, raw, answer, pieces):
+                return
+        try:
+            request = pb.ModelInferRequest.FromString(data)
+        except DecodeError:
+            raise malformed(pb.ModelInferRequest) from None
+        answer.asked(request)
+        given = parameters.read(request)
+        if pieces is not None:
+            pieces.read(request.id, given)
+        if fields is not None:
+            self._learn(request, given, fields)
+        self.infer(request, given, answer, pieces)
+
+    def _learn(self, request: pb.ModelInferRequest, given: Parameters, fields: Cut) -> None:
+        """A request of a new form, or of a new sequence: what is asked again is read by `_usual` from now on."""
+        form, _, sequence, _ = fields
+        model = self._catalog.find(request.model_name, request.model_version)
+        face = self._face(model)
+        packed = _packed(face, request)
+        if packed is None or _shares(request):
+            return
+        chosen = face.chosen(request) if request.outputs else None
+        wanted, places = chosen or (face.own, _NOWHERE)
+        if places or any(t not in face.own for t in wanted):
+            return
+        self._forms.learn(form, Usual(request, model, face, replace(given, sequence=""), wanted, packed[1]))
+        if sequence and given.sequence:
+            self._forms.learn_sequence(sequence, given.sequence)
+
+    def _usual(
+        self, usual: Usual, form: tuple[bytes, ...], id: bytes, sequence: bytes, raw: list[bytes], answer: Asked, pieces: Pieces | None
+    ) -> bool:
+        """Answer a request of a known form; False where it is to be looked at in full after all."""
+        model = usual.model
+        if self._catalog.find(usual.name, usual.version) is not model:
+            self._forms.forget(form)
+            return False
+        given = usual.given
+        name = ""
+        if sequence:
+            known = self._forms.sequence(sequence)
+            if known is None:
+                return False
+            name = known
+        try:
+            text = id.decode()
+        except UnicodeDecodeError:
+            return False
+        if pieces is not None:
+            pieces.read(text, given)
+        if name:
+            key = gate.stored(answer.caller, f"{usual.face.model.name}/{name}")
+            self._stepped(_UsualStep(self, usual, id, echoed(sequence), tuple(raw), answer, key))
+            return True
+
+        def then(s: Sequence, outputs: Outputs) -> None:
+            answer.done_bytes(usual.response(id, wire.told(s), outputs))
+
+        queued = model.tensors.start_packed(tuple(raw), usual.sizes.steps, then, answer.fail, given.claim(answer))
+        answer.cancel_by(lambda: model.engine.cancel(queued))
+        return True
+
     def infer(self, request: pb.ModelInferRequest, given: Parameters, answer: Asked, pieces: Pieces | None = None) -> None:
         """Answer one request; through `pieces`, where they are wanted and the model gives some."""
         model = self._catalog.find(request.model_name, request.model_version)
@@ -117,16 +194,14 @@ class Inference:
                 return
 
         def then(s: Sequence, outputs: Outputs) -> None:
-            told = wire.parameter(b"queue_us", int(s.queued * 1e6)) + wire.parameter(b"run_us", int(s.run * 1e6))
-            told += wire.parameter(b"rounds", s.rounds)
             values = outputs if more is None else more(outputs)
-            answer.done_bytes(self._response(request.id, told, face, wanted, places, values))
+            answer.done_bytes(self._response(request.id, wire.told(s), face, wanted, places, values))
 
-        deadline = given.deadline(answer.deadline)
+        claim = given.claim(answer)
         if packed is None:
-            sequence = model.tensors.start(inputs, then, answer.fail, deadline)
+            sequence = model.tensors.start(inputs, then, answer.fail, claim)
         else:
-            sequence = model.tensors.start_packed(*packed, then, answer.fail, deadline)
+            sequence = model.tensors.start_packed(*packed, then, answer.fail, claim)
         answer.cancel_by(lambda: model.engine.cancel(sequence))
 
     def _texts(
@@ -139,12 +214,12 @@ class Inference:
         wanted, places = chosen or (task.outputs, _NOWHERE)
         if apart := [t.name for t in wanted if t not in task.outputs]:
             raise InvalidInput("TOKENS_ONLY", f"outputs {', '.join(apart)} are had by tensors only, not by TEXT", tensor=apart[0])
-        model.engine.check()  # before the texts are read
+        claim = given.claim(answer)
+        model.engine.check(claim)  # before the texts are read
         letters = sum(map(len, texts))
         if letters > MOST_LETTERS:
             message = f"{letters} letters in all; at most {MOST_LETTERS} are allowed in one call: send several"
             raise InvalidInput("TOO_LONG", message, expected=f"1..{MOST_LETTERS}", got=letters)
-        deadline = given.deadline(answer.deadline)
         streamed = pieces if task.streams and len(texts) == 1 else None
 
         def said(outputs: Values) -> None:
@@ -165,7 +240,7 @@ class Inference:
                     return
                 together = {t.name: np.concatenate([outputs[t.name] for outputs in rows.results]) for t in wanted}
                 try:
-                    response = self._response(request.id, b"", face, wanted, places, together)
+                    response = self._response(request.id, wire.told(rows.longest), face, wanted, places, together)
                 except ServeError as e:
                     answer.fail(e)
                 else:
@@ -176,7 +251,7 @@ class Inference:
         answer.cancel_by(rows.cancel)
         try:
             for i, text in enumerate(texts):
-                rows.started(task.start(text, request, then(i), rows.fail, said if streamed is not None else None, deadline))
+                rows.started(task.start(text, request, then(i), rows.fail, said if streamed is not None else None, claim))
         except ServeError as e:
             rows.fail(e)
 
@@ -189,13 +264,17 @@ class Inference:
         step = _Step(self, request, given, face, chosen, answer, id)
         if turn is not None and _shares(request):
             raise InvalidInput("NOT_REPEATABLE", "a numbered request can be sent again, so it brings its bytes along: no shared memory")
+        self._stepped(step)
+
+    def _stepped(self, step: _Step) -> None:
+        """Take a request of a sequence, in its place."""
         with self._lock:
-            behind = self._ending.get(id)
+            behind = self._ending.get(step.id)
             if behind is not None:  # what comes behind an end that is under way is of the next sequence of that id
                 behind.append(step)
                 return
-            if given.end:
-                self._ending[id] = []
+            if step.given.end:
+                self._ending[step.id] = []
         self._send(step)
 
     def _send(self, step: _Step) -> None:
@@ -233,7 +312,7 @@ class Inference:
                 gate.left(caller)
             with gate.room(caller, self._shelf):
                 self._shelf.open(step.face.model.name, step.face.model.version, id)
-        self._turns.turn(id, turn, b"" if turn is None else _digest(step.request), step, None, sure=sure)
+        self._turns.turn(id, turn, b"" if turn is None else step.digest(), step, None, sure=sure)
 
     def end(self, id: str, caller: Caller | None) -> None:
         """The request that ends a sequence ran: the session behind it ends."""
@@ -302,7 +381,7 @@ class _Step(Turn):
         self, inference: Inference, request: pb.ModelInferRequest, given: Parameters, face: Face, chosen: Chosen | None, answer: Asked,
         id: str,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(given.claim(answer, lasting=True))
         self.inference = inference
         self.request = request
         self.given = given
@@ -311,18 +390,23 @@ class _Step(Turn):
         self.answer = answer
         self.id = id
 
+    def digest(self) -> bytes:
+        """Of what it brings, where it is numbered."""
+        return _digest(self.request)
+
     def brought(self, model: Model, rest: str) -> Plan:
         return self.inference.plan(self, rest)
 
-    def reply(self, outputs: Outputs) -> bytes:
+    def reply(self, outputs: Outputs, ran: Sequence) -> bytes:
         texts = self.face.texts
-        return self.reply_texts(outputs if self.chosen is None or texts is None else texts.more(outputs))
+        return self.reply_texts(outputs if self.chosen is None or texts is None else texts.more(outputs), ran)
 
-    def reply_texts(self, outputs: Values) -> bytes:
+    def reply_texts(self, outputs: Values, ran: Sequence) -> bytes:
         wanted, places = self.chosen or (self.face.own, _NOWHERE)
         echo = pb.ModelInferResponse()
         echo.parameters["sequence_id"].CopyFrom(self.request.parameters["sequence_id"])
-        return self.inference._response(self.request.id, echo.SerializeToString(), self.face, wanted, places, outputs)
+        parameters = echo.SerializeToString() + wire.told(ran)
+        return self.inference._response(self.request.id, parameters, self.face, wanted, places, outputs)
 
     def told(self, reply: bytes | ServeError) -> None:
         refused = isinstance(reply, ServeError)
@@ -338,6 +422,32 @@ class _Step(Turn):
             finally:
                 if self.given.end:
                     self.inference.ended(self.id)
+
+
+class _UsualStep(_Step):
+    """The same, of a request whose form is known."""
+
+    __slots__ = ("echo", "name", "raw", "usual")
+
+    def __init__(
+        self, inference: Inference, usual: Usual, name: bytes, echo: bytes, raw: tuple[bytes, ...], answer: Asked, id: str
+    ) -> None:
+        Turn.__init__(self, usual.given.claim(answer, lasting=True))
+        self.inference = inference
+        self.usual = usual
+        self.given = usual.given
+        self.face = usual.face
+        self.name = name
+        self.echo = echo
+        self.raw = raw
+        self.answer = answer
+        self.id = id
+
+    def brought(self, model: Model, rest: str) -> Plan:
+        return Plan(self.reply, inputs=(self.raw, self.usual.sizes))
+
+    def reply(self, outputs: Outputs, ran: Sequence) -> bytes:
+        return self.usual.response(self.name, self.echo + wire.told(ran), outputs)
 
 
 def _packed(face: Face, request: pb.ModelInferRequest) -> tuple[tuple[bytes, ...], int] | None:

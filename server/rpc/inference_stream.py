@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from protos import inference_pb2 as pb
 from server.errors import ServeError
 from server.quotas import Caller
-from server.rpc import gate, parameters
-from server.rpc.answer import Answer, Desk, malformed
+from server.rpc import gate
+from server.rpc.answer import Answer, Desk
 from server.rpc.front import Call, Method, Receiver
 from server.rpc.inference import Inference
 from server.rpc.parameters import FINAL, NONE, SERVICE, Parameters
@@ -38,6 +38,7 @@ class _Stream(Receiver):
         self._inference = inference
         self._answer = answer
         self.caller = answer.caller
+        self.flow = answer.flow
         self._lock = threading.Lock()
         self._asked: set[_InStream] = set()  # requests not yet answered; workers and the front's thread come and go
         self._ended = False
@@ -51,13 +52,7 @@ class _Stream(Receiver):
         try:
             if self.caller is not None:
                 self.caller.spend()
-            try:
-                request = pb.ModelInferRequest.FromString(message)
-            except DecodeError:
-                raise malformed(pb.ModelInferRequest) from None
-            asked.id = request.id
-            asked.given = given = parameters.read(request)
-            self._inference.infer(request, given, asked, asked)
+            self._inference.take(message, asked, asked)
         except Exception as e:  # one request's fault must not end the stream
             asked.fail(e)
 
@@ -115,6 +110,16 @@ class _InStream:
     @property
     def caller(self) -> Caller | None:
         return self._of.caller
+
+    @property
+    def flow(self) -> Hashable:
+        return self._of.flow
+
+    def asked(self, request: Message) -> None:
+        """Calls are logged, not their messages."""
+
+    def read(self, id: str, given: Parameters) -> None:
+        self.id, self.given = id, given
 
     def cancel_by(self, cancel: Callable[[], None]) -> None:
         self.cancel = cancel

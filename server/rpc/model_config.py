@@ -10,6 +10,7 @@ from protos import model_config_pb2 as config_pb
 from server.config import Config
 from server.rpc import wire
 from server.rpc.face import TEXT, Face
+from server.shares import DEFAULT, LEVELS
 
 PLATFORM = "onnxruntime_onnx"
 _TYPES = {
@@ -58,6 +59,8 @@ def config(face: Face, knobs: Config) -> config_pb.ModelConfig:
     else:
         policy = config_pb.ModelQueuePolicy(allow_timeout_override=True, max_queue_size=knobs.max_queue)
         described.dynamic_batching.default_queue_policy.CopyFrom(policy)
+        described.dynamic_batching.priority_levels = LEVELS
+        described.dynamic_batching.default_priority_level = DEFAULT
     return described
 
 

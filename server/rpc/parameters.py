@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from protos import inference_pb2 as pb
 from server.errors import InvalidInput, listed
+from server.shares import DEFAULT, LEVELS, Claim
+
+if TYPE_CHECKING:
+    from server.rpc.answer import Asked
 
 SERVICE = "inference.GRPCInferenceService"
 _EMPTY_FINAL = "triton_enable_empty_final_response"
@@ -25,7 +30,7 @@ class Parameters:
     end: bool = False
     turn: int | None = None
     timeout: int = 0  # microseconds; 0: none
-    priority: int = 0  # 1 is the highest; 0: the default
+    priority: int = 0  # 1 is the highest; 0, and whatever there is no class for: the default
     final: bool = False  # a stream's responses say which is the last, with an empty one where need be
 
     def deadline(self, callers: float | None) -> float | None:
@@ -34,6 +39,13 @@ class Parameters:
             return callers
         own = time.monotonic() + self.timeout * 1e-6
         return own if callers is None else min(own, callers)
+
+    def claim(self, asked: Asked, lasting: bool = False) -> Claim:
+        """What the request may claim of a model's queue; a `lasting` one is run however long it takes."""
+        level = self.priority if 0 < self.priority <= LEVELS else DEFAULT
+        caller = asked.caller
+        deadline = None if lasting else self.deadline(asked.deadline)
+        return Claim(deadline, level if caller is None else caller.tenant.level(level), asked.flow)
 
 
 NONE = Parameters()

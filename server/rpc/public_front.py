@@ -1,4 +1,4 @@
-"""The front on grpcio's public API alone, for a grpcio that `queue_front` was not tested with.
+"""The front on grpcio's own server, by its public API: for whoever trusts that more than ours, and to compare with.
 
 grpc.aio runs in an event loop on a thread of its own, so a call that waits for the engine costs no thread (a thread pool would need
 one for each). The price is the loop itself: four to six times the CPU per call, and a wake-up of the loop between a round's end and
@@ -27,7 +27,9 @@ from server.rpc.front import (
     Method,
     Options,
     Receiver,
+    Tls,
     cannot_listen,
+    certificate,
     channel_arguments,
     metadata_fault,
     no_such_method,
@@ -66,6 +68,10 @@ class _Call:
         self._ended: Receiver | None = None  # is to be told that the caller has sent its last message
         self._work = asyncio.Event()  # one of the three above wants something
         self._room = asyncio.Event()  # the queue is at most half full
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        return certificate(self._context.auth_context())
 
     @property
     def waiting(self) -> int:
@@ -248,9 +254,9 @@ class PublicFront:
     def live(self) -> int:
         return len(self._calls)
 
-    def listen(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+    def listen(self, address: str, tls: Tls | None = None) -> int:
         try:
-            return self._do(self._listen(address, credentials))
+            return self._do(self._listen(address, None if tls is None else tls.credentials()))
         except RuntimeError as fault:
             raise OSError(cannot_listen(address)) from fault
 

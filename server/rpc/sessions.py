@@ -27,9 +27,10 @@ from server.rpc import gate, wire
 from server.rpc.answer import Answer, Desk, malformed
 from server.rpc.front import Call, Method, Receiver
 from server.rpc.generation import read_wishes, write_generated
-from server.rpc.tasks import read_series, write_classification, write_series
-from server.sequence import Inputs, Outputs, Views
+from server.rpc.tasks import read_series, write_classification, write_series, write_timing
+from server.sequence import Inputs, Outputs, Sequence, Views
 from server.sessions import Kept
+from server.shares import Claim
 from server.shelf import Shelf
 from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
@@ -150,6 +151,7 @@ class _Stream(Receiver):
         self._replies: list[bytes] = []  # to be sent: each a TurnReply, and what stands before it
         self._size = 0
         self._refused: dict[str, int] = {}  # by session, a turn of this stream that was refused
+        self.claim = answer.claim(lasting=True)
         answer.cancel_by(lambda: None)  # turns that were begun run on: their caller may come back for the replies
 
     def on_message(self, message: bytes) -> None:
@@ -262,8 +264,8 @@ class _Asked(Turn):
 
     __slots__ = ("kind", "request")
 
-    def __init__(self, request: pb.TurnRequest) -> None:
-        super().__init__()
+    def __init__(self, request: pb.TurnRequest, claim: Claim) -> None:
+        super().__init__(claim)
         self.request = request
         self.kind: str | None = request.WhichOneof("input")
 
@@ -283,7 +285,7 @@ class _InStream(_Asked):
     __slots__ = ("stream",)
 
     def __init__(self, request: pb.TurnRequest, stream: _Stream) -> None:
-        super().__init__(request)
+        super().__init__(request, stream.claim)
         self.stream = stream
 
     def told(self, reply: bytes | ServeError) -> None:
@@ -304,7 +306,7 @@ class _InCall(_Asked):
     __slots__ = ("answer",)
 
     def __init__(self, request: pb.TurnRequest, answer: Answer) -> None:
-        super().__init__(request)
+        super().__init__(request, answer.claim(lasting=True))
         self.answer = answer
 
     def told(self, reply: bytes | ServeError) -> None:
@@ -344,7 +346,7 @@ def _tensors(model: Model, request: pb.TurnRequest) -> Plan:
     return Plan(partial(_reply, request, graph), inputs=(inputs, check(graph, inputs, 1)))
 
 
-def _reply(request: pb.TurnRequest, graph: Graph, outputs: Views) -> bytes:
+def _reply(request: pb.TurnRequest, graph: Graph, outputs: Views, ran: Sequence) -> bytes:
     """A serialised TurnReply, put together from parts: most of it is the same for every turn of a model."""
     values: list[bytes] = []
     size = 0
@@ -354,7 +356,17 @@ def _reply(request: pb.TurnRequest, graph: Graph, outputs: Views) -> bytes:
         size += len(head) + len(data)
         values += (head, data)
     session = request.session.encode()
-    return b"".join((b"\x0a", wire.varint(len(session)), session, b"\x10", wire.varint(request.turn), b"\x1a", wire.varint(size), *values))
+    number, timing = wire.varint(request.turn), wire.timing(_TIMING, ran)
+    return b"".join((b"\x0a", wire.varint(len(session)), session, b"\x10", number, b"\x1a", wire.varint(size), *values, timing))
+
+
+_TIMING = pb.TurnReply.TIMING_FIELD_NUMBER
+
+
+def _told(request: pb.TurnRequest, ran: Sequence, **output: Message) -> bytes:
+    """A serialised TurnReply of a task."""
+    reply = pb.TurnReply(session=request.session, turn=request.turn, timing=write_timing(ran), **output)  # type: ignore[arg-type]  # one of the oneof
+    return reply.SerializeToString(deterministic=True)
 
 
 @lru_cache(maxsize=1024)
@@ -371,12 +383,12 @@ def _observations(model: Model, request: pb.TurnRequest) -> Plan:
         raise InvalidInput("WRONG_TASK", f"model {model.name!r} can {model.bundle.kind}; it takes no observations", model=model.name)
     inputs, sizes, result = task.plan(read_series(request.observations, task.channels), 0, ())
 
-    def answer(outputs: Outputs) -> bytes:
+    def answer(outputs: Outputs, ran: Sequence) -> bytes:
         f = result(outputs)
         forecast = tasks_pb.ForecastReply(channels=task.channels, mean=write_series(f.mean))
         for quantile, values in f.quantiles:
             forecast.quantiles.add(quantile=quantile, series=write_series(values))
-        return pb.TurnReply(session=request.session, turn=request.turn, forecast=forecast).SerializeToString(deterministic=True)
+        return _told(request, ran, forecast=forecast)
 
     return Plan(answer, inputs=(inputs, sizes))
 
@@ -388,9 +400,9 @@ def _text(model: Model, request: pb.TurnRequest, rest: str) -> Plan:
     read = task.read(request.text, rest)
     tokens = len(read.glance) + (len(read.words) if read.words is not None else 0)
 
-    def answer(outputs: Outputs) -> bytes:
+    def answer(outputs: Outputs, ran: Sequence) -> bytes:
         result = write_classification(task.labels, task.result(outputs, tokens))
-        return pb.TurnReply(session=request.session, turn=request.turn, classification=result).SerializeToString(deterministic=True)
+        return _told(request, ran, classification=result)
 
     glance = ({"tokens": read.glance[None]}, Sizes(1, len(read.glance)))
     if read.words is None:
@@ -407,9 +419,8 @@ def _generate(model: Model, request: pb.TurnRequest, rest: str) -> Plan:
         raise InvalidInput("NAME_NO_MODEL", f"a session has its model, {model.name!r}; leave the turn's empty", model=model.name)
     drawing = task.read(asked.text, read_wishes(asked), (int(rest),) if rest else None)
 
-    def answer(_: Outputs) -> bytes:
-        reply = write_generated(drawing.result())
-        return pb.TurnReply(session=request.session, turn=request.turn, generated=reply).SerializeToString(deterministic=True)
+    def answer(_: Outputs, ran: Sequence) -> bytes:
+        return _told(request, ran, generated=write_generated(drawing.result()))
 
     def more(outputs: Views) -> tuple[Inputs, Sizes] | None:
         drawing.advance(outputs["logits"][0, -1])

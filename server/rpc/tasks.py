@@ -16,6 +16,7 @@ from server.rpc.front import Method
 from server.rpc.generation import read_wishes, write_generated, write_piece
 from server.rpc.together import Together
 from server.sequence import Sequence
+from server.shares import Claim
 from server.tasks.classify import Classified, Classifier
 from server.tasks.forecast import Forecasted, Forecaster
 from server.tasks.generate import Drawn, Generated, Generator
@@ -46,7 +47,8 @@ class Tasks:
         }
 
     def classify(self, request: pb.ClassifyRequest, answer: Answer) -> None:
-        model, task = self._model("classify", request.model, Classifier)
+        claim = answer.claim()
+        model, task = self._model("classify", request.model, Classifier, claim)
         texts = list(request.texts)
         _check_many(len(texts), sum(map(len, texts)))
         together: Together[Classified] = Together(model.engine, len(texts), answer)
@@ -55,7 +57,7 @@ class Tasks:
             def classified(sequence: Sequence, result: Classified) -> None:
                 if not together.put(at, sequence, result):
                     return
-                reply = pb.ClassifyReply(model=_name(model), timing=_timing(together.sequences))
+                reply = pb.ClassifyReply(model=_name(model), timing=write_timing(together.longest))
                 for c in together.results:
                     reply.results.append(write_classification(task.labels, c))
                 answer.done(reply)
@@ -65,21 +67,23 @@ class Tasks:
         answer.cancel_by(together.cancel)
         try:
             for i, text in enumerate(texts):
-                together.started(task.start(text, then(i), together.fail, answer.deadline))
+                together.started(task.start(text, then(i), together.fail, claim))
         except ServeError as e:
             together.fail(e)
 
     def translate(self, request: pb.TranslateRequest, answer: Answer) -> None:
-        model, task = self._translator(request)
+        claim = answer.claim()
+        model, task = self._translator(request, claim)
 
         def then(sequence: Sequence, result: Translated) -> None:
             answer.done(_translation(model, sequence, result))
 
-        sequence = task.start(request.text, _wanted(request), then, answer.fail, None, answer.deadline)
+        sequence = task.start(request.text, _wanted(request), then, answer.fail, None, claim)
         answer.cancel_by(lambda: model.engine.cancel(sequence))
 
     def translate_stream(self, request: pb.TranslateRequest, answer: Answer) -> None:
-        model, task = self._translator(request)
+        claim = answer.claim()
+        model, task = self._translator(request, claim)
 
         def said(s: Said) -> None:
             answer.send(pb.TranslatePiece(text=s.text, token=_token(s)))
@@ -88,24 +92,28 @@ class Tasks:
             answer.send(pb.TranslatePiece(done=_translation(model, sequence, result)))
             answer.done()
 
-        sequence = task.start(request.text, _wanted(request), then, answer.fail, said, answer.deadline)
+        sequence = task.start(request.text, _wanted(request), then, answer.fail, said, claim)
         answer.cancel_by(lambda: model.engine.cancel(sequence))
 
     def forecast(self, request: pb.ForecastRequest, answer: Answer) -> None:
-        model, task = self._model("forecast", request.model, Forecaster)
+        claim = answer.claim()
+        model, task = self._model("forecast", request.model, Forecaster, claim)
         observations = read_series(request.observations, task.channels)
 
         def then(sequence: Sequence, result: Forecasted) -> None:
-            reply = pb.ForecastReply(model=_name(model), channels=task.channels, mean=write_series(result.mean), timing=_timing([sequence]))
+            reply = pb.ForecastReply(
+                model=_name(model), channels=task.channels, mean=write_series(result.mean), timing=write_timing(sequence)
+            )
             for quantile, values in result.quantiles:
                 reply.quantiles.add(quantile=quantile, series=write_series(values))
             answer.done(reply)
 
-        sequence = task.start(observations, request.horizon, request.quantiles, then, answer.fail, answer.deadline)
+        sequence = task.start(observations, request.horizon, request.quantiles, then, answer.fail, claim)
         answer.cancel_by(lambda: model.engine.cancel(sequence))
 
     def tag(self, request: pb.TagRequest, answer: Answer) -> None:
-        model, task = self._model("tag", request.model, Tagger)
+        claim = answer.claim()
+        model, task = self._model("tag", request.model, Tagger, claim)
         given = [_words_or_text(f"inputs[{i}]", one) for i, one in enumerate(request.inputs)]
         _check_many(len(given), sum(len(g) if isinstance(g, str) else sum(map(len, g)) for g in given))
         together: Together[Tagged] = Together(model.engine, len(given), answer)
@@ -114,28 +122,30 @@ class Tasks:
             def tagged(sequence: Sequence, result: Tagged) -> None:
                 if together.put(at, sequence, result):
                     found = map(_tagging, together.results)
-                    answer.done(pb.TagReply(model=_name(model), results=found, timing=_timing(together.sequences)))
+                    answer.done(pb.TagReply(model=_name(model), results=found, timing=write_timing(together.longest)))
 
             return tagged
 
         answer.cancel_by(together.cancel)
         try:
             for i, one in enumerate(given):
-                together.started(task.start(one, then(i), together.fail, answer.deadline))
+                together.started(task.start(one, then(i), together.fail, claim))
         except ServeError as e:
             together.fail(e)
 
     def generate(self, request: pb.GenerateRequest, answer: Answer) -> None:
-        model, task = self._model("generate", request.model, Generator)
+        claim = answer.claim()
+        model, task = self._model("generate", request.model, Generator, claim)
 
         def then(sequence: Sequence, result: Generated) -> None:
             answer.done(_generated(model, sequence, result))
 
-        sequence = task.start(request.text, read_wishes(request), then, answer.fail, None, answer.deadline)
+        sequence = task.start(request.text, read_wishes(request), then, answer.fail, None, claim)
         answer.cancel_by(lambda: model.engine.cancel(sequence))
 
     def generate_stream(self, request: pb.GenerateRequest, answer: Answer) -> None:
-        model, task = self._model("generate", request.model, Generator)
+        claim = answer.claim()
+        model, task = self._model("generate", request.model, Generator, claim)
 
         def drawn(symbol: Drawn) -> None:
             answer.send(write_piece(symbol))
@@ -144,7 +154,7 @@ class Tasks:
             answer.send(pb.GeneratePiece(done=_generated(model, sequence, result)))
             answer.done()
 
-        sequence = task.start(request.text, read_wishes(request), then, answer.fail, drawn, answer.deadline)
+        sequence = task.start(request.text, read_wishes(request), then, answer.fail, drawn, claim)
         answer.cancel_by(lambda: model.engine.cancel(sequence))
 
     def models(self, request: pb.ModelsRequest, answer: Answer) -> None:
@@ -155,7 +165,7 @@ class Tasks:
             )
         answer.done(reply)
 
-    def _model(self, kind: str, wanted: pb.Model, task: type[T]) -> tuple[Model, T]:
+    def _model(self, kind: str, wanted: pb.Model, task: type[T], claim: Claim) -> tuple[Model, T]:
         """The model a request means: the one named, or the only one of its task."""
         if wanted.name:
             model = self._catalog.find(wanted.name, wanted.version)
@@ -173,20 +183,20 @@ class Tasks:
             raise InvalidInput(
                 "WRONG_TASK", f"model {model.name!r} can {model.bundle.kind}, not {kind}", model=model.name, task=model.bundle.kind
             )
-        model.engine.check()  # before the text is read: that costs several times what a refusal does
+        model.engine.check(claim)  # before the text is read: that costs several times what a refusal does
         return model, model.task
 
-    def _translator(self, request: pb.TranslateRequest) -> tuple[Model, Translator]:
+    def _translator(self, request: pb.TranslateRequest, claim: Claim) -> tuple[Model, Translator]:
         """The translator that a request names, or the one for its languages."""
         source, target = request.source, request.target
         if request.model.name or not (source or target):
-            model, task = self._model("translate", request.model, Translator)
+            model, task = self._model("translate", request.model, Translator, claim)
             fitting = [(model, task)]
         else:
             fitting = [(m, m.task) for m in self._catalog.newest("translate") if isinstance(m.task, Translator)]
         chosen = [(m, t) for m, t in fitting if source in ("", t.source) and target in ("", t.target)]
         if len(chosen) == 1:
-            chosen[0][0].engine.check()
+            chosen[0][0].engine.check(claim)
             return chosen[0]
         pairs = listed(f"{t.source}-{t.target} ({m.name})" for m, t in fitting)
         if chosen:
@@ -224,10 +234,8 @@ def _name(model: Model) -> pb.Model:
     return pb.Model(name=model.name, version=model.version)
 
 
-def _timing(sequences: list[Sequence]) -> pb.Timing:
-    """The longest of several sequences that ran side by side."""
-    s = max(sequences, key=lambda s: s.queued + s.run)
-    return pb.Timing(queue=s.queued, run=s.run, rounds=s.rounds)
+def write_timing(ran: Sequence) -> pb.Timing:
+    return pb.Timing(queue=ran.queued, run=ran.run, rounds=ran.rounds)
 
 
 def _wanted(request: pb.TranslateRequest) -> Wanted:
@@ -242,14 +250,14 @@ def _token(said: Said) -> pb.Token:
 def _translation(model: Model, sequence: Sequence, result: Translated) -> pb.TranslateReply:
     return pb.TranslateReply(
         model=_name(model), text=result.text, tokens=map(_token, result.tokens), score=result.score,
-        source_tokens=result.source_tokens, ended=result.ended, timing=_timing([sequence]),
+        source_tokens=result.source_tokens, ended=result.ended, timing=write_timing(sequence),
     )  # fmt: skip
 
 
 def _generated(model: Model, sequence: Sequence, result: Generated) -> pb.GenerateReply:
     reply = write_generated(result)
     reply.model.CopyFrom(_name(model))
-    reply.timing.CopyFrom(_timing([sequence]))
+    reply.timing.CopyFrom(write_timing(sequence))
     return reply
 
 

@@ -24,7 +24,12 @@ class Together(Generic[R]):
         self._over = False
         self._begun: list[Sequence] = []
         self._results: list[R | None] = [None] * count
-        self.sequences: list[Sequence] = []
+        self._ran: list[Sequence] = []
+
+    @property
+    def longest(self) -> Sequence:
+        """Of those that ran side by side, the one that took longest."""
+        return max(self._ran, key=lambda s: s.queued + s.run)
 
     @property
     def results(self) -> list[R]:
@@ -41,7 +46,7 @@ class Together(Generic[R]):
         """True for the one result that completes the call."""
         with self._lock:
             self._results[at] = result
-            self.sequences.append(sequence)
+            self._ran.append(sequence)
             self._missing -= 1
             return self._missing == 0 and not self._over
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Listed
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from contract.bundle import BATCH, TIME, Graph, Tensor
 from protos import inference_pb2 as pb
 from server.errors import InvalidInput, listed
 from server.rpc.shared_memory import REGION, Place, Regions, place
-from server.sequence import Views
+from server.sequence import Sequence, Views
 
 Array = np.ndarray[Any, Any]
 
@@ -78,7 +79,7 @@ def read_inputs(request: pb.ModelInferRequest, regions: Regions) -> dict[str, Ar
     return arrays
 
 
-def read(name: str, kind: str, shape: Sequence[int], raw: bytes) -> Array:
+def read(name: str, kind: str, shape: Listed[int], raw: bytes) -> Array:
     """A raw tensor, numbers without copying. Raises InvalidInput where bytes, shape and type disagree."""
     dtype = _NUMPY.get(kind)
     if dtype is None:
@@ -89,7 +90,7 @@ def read(name: str, kind: str, shape: Sequence[int], raw: bytes) -> Array:
     return np.frombuffer(raw, dtype).reshape(dims)
 
 
-def read_packed(graph: Graph, tensors: Sequence[Any], raw: Sequence[bytes]) -> tuple[int, tuple[bytes, ...] | None]:
+def read_packed(graph: Graph, tensors: Listed[Any], raw: Listed[bytes]) -> tuple[int, tuple[bytes, ...] | None]:
     """One row's raw tensors as they came, in the graph's order, and their steps; None where they are not of the usual form,
     and must be looked at in detail. `graph.packed` is there, and there are as many tensors as inputs."""
     steps = 0
@@ -117,6 +118,18 @@ def _steps(tensor: Tensor, kind: str, shape: tuple[int, ...]) -> int:
     return 1 if tensor.time_axis is None else shape[tensor.time_axis]
 
 
+def timing(field: int, ran: Sequence) -> bytes:
+    """A seqserve.v1.Timing as that field (of a number up to 15) of a message: where the time of what ran went."""
+    if ran.rounds < 128:
+        return _TIMING.pack(field << 3 | 2, 20, 0x09, ran.queued, 0x11, ran.run, 0x18, ran.rounds)
+    rounds = varint(ran.rounds)
+    return b"".join((bytes((field << 3 | 2, 19 + len(rounds))), _SECONDS.pack(0x09, ran.queued, 0x11, ran.run), b"\x18", rounds))
+
+
+_SECONDS = struct.Struct("<BdBd")
+_TIMING = struct.Struct("<BBBdBdBB")
+
+
 def varint(n: int) -> bytes:
     """A number as protobuf writes it."""
     if n < 128:
@@ -132,7 +145,7 @@ def varint(n: int) -> bytes:
 _SMALL = tuple(bytes((n,)) for n in range(128))
 
 
-def _texts(name: str, shape: Sequence[int], raw: bytes) -> Array:
+def _texts(name: str, shape: Listed[int], raw: bytes) -> Array:
     dims, count = _form(name, shape)
     if 4 * count > len(raw):
         raise _wrong_size(name, "BYTES", dims, f"{4 * count} or more", len(raw))
@@ -161,7 +174,7 @@ def _decoded(name: str, texts: Iterable[bytes], dims: list[int]) -> Array:
     return array.reshape(dims)
 
 
-def _widened(name: str, kind: str, shape: Sequence[int], raw: bytes) -> Array:
+def _widened(name: str, kind: str, shape: Listed[int], raw: bytes) -> Array:
     """BF16, which numpy has not, as the FP32 that it is the upper half of."""
     if kind != "BF16":
         raise _unknown(name, kind)
@@ -190,7 +203,7 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> Array:
         raise InvalidInput("OUT_OF_RANGE", f"input {name!r}: a value does not fit {kind}", tensor=name, expected=kind) from None
 
 
-def _form(name: str, shape: Sequence[int]) -> tuple[list[int], int]:
+def _form(name: str, shape: Listed[int]) -> tuple[list[int], int]:
     """A tensor's lengths and count of values."""
     dims = list(shape)
     if dims and min(dims) < 0:
@@ -224,7 +237,7 @@ def bytes_of(tensor: Tensor, outputs: Values) -> tuple[bytes, tuple[int, ...]]:
     return raw(array), array.shape
 
 
-def response(head: bytes, parameters: bytes, id: str, wanted: Sequence[Tensor], outputs: Values) -> bytes:
+def response(head: bytes, parameters: bytes, id: str, wanted: Listed[Tensor], outputs: Values) -> bytes:
     """A serialised ModelInferResponse, put together from parts: most of it is the same for every answer of a model. `head` is
     one with the model's name and version, `parameters` any number of `parameter`s."""
     shapes = []
@@ -236,11 +249,12 @@ def response(head: bytes, parameters: bytes, id: str, wanted: Sequence[Tensor], 
     if id:
         encoded = id.encode()
         head += b"\x1a" + varint(len(encoded)) + encoded
-    return b"".join((head, parameters, _abouts(tuple(wanted), tuple(shapes)), *values))
+    return b"".join((head, parameters, abouts(tuple(wanted), tuple(shapes)), *values))
 
 
 @lru_cache(maxsize=4096)
-def _abouts(wanted: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> bytes:
+def abouts(wanted: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> bytes:
+    """What a response says of its outputs beside their bytes."""
     described = pb.ModelInferResponse()
     for tensor, shape in zip(wanted, shapes, strict=True):
         described.outputs.add(name=tensor.name, datatype=_NAMES[tensor.dtype], shape=shape)
@@ -252,6 +266,12 @@ def parameter(name: bytes, value: int) -> bytes:
     number = varint(value)
     inner = b"".join((b"\x0a", varint(len(name)), name, b"\x12", varint(len(number) + 1), b"\x10", number))
     return b"\x22" + varint(len(inner)) + inner
+
+
+def told(ran: Sequence) -> bytes:
+    """Parameters of a response: where the time of what ran went."""
+    told = parameter(b"queue_us", int(ran.queued * 1e6)) + parameter(b"run_us", int(ran.run * 1e6))
+    return told + parameter(b"rounds", ran.rounds)
 
 
 def share_outputs(

@@ -11,6 +11,7 @@ from server.engine import Engine
 from server.errors import InvalidInput, ServeError
 from server.inputs import Array, Sizes
 from server.sequence import Outputs, Sequence
+from server.shares import ANYONE, Claim
 from server.tasks.limits import check_letters
 
 _TAG = 16  # letters after "<" within which ">" may still come: the vocabulary reads a tag such as "<br />" as one space
@@ -46,7 +47,7 @@ class Classifier:
         self._graph = engine.bundle.graph
 
     def start(
-        self, text: str, then: Callable[[Sequence, Classified], None], failed: Callable[[ServeError], None], deadline: float | None = None
+        self, text: str, then: Callable[[Sequence, Classified], None], failed: Callable[[ServeError], None], claim: Claim = ANYONE
     ) -> Sequence:
         """Queue one text. Raises InvalidInput where it has no words, or more tokens than the model reads."""
         ids = self.ids(text)
@@ -56,7 +57,7 @@ class Classifier:
             then(sequence, self.result(outputs, count))
 
         sequence = Sequence(self._engine.bundle.main, {"tokens": ids[None]}, Sizes(1, count), answer, failed)
-        self._engine.submit(sequence, deadline)
+        self._engine.submit(sequence, claim)
         return sequence
 
     def ids(self, text: str) -> Array:

@@ -13,6 +13,7 @@ from server.engine import Engine
 from server.errors import InvalidInput, ServeError, listed
 from server.inputs import Array, Sizes, check
 from server.sequence import Outputs, Sequence
+from server.shares import ANYONE, Claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,13 @@ class Forecaster:
 
     def start(
         self, observations: Array, horizon: int, quantiles: Listed[float], then: Callable[[Sequence, Forecasted], None],
-        failed: Callable[[ServeError], None], deadline: float | None = None,
+        failed: Callable[[ServeError], None], claim: Claim = ANYONE,
     ) -> Sequence:  # fmt: skip
         """Queue one series, float32 [steps, channels]; horizon 0 and no quantiles mean all the model gives. Raises
         InvalidInput where the model has no such horizon, quantile or number of channels."""
         inputs, sizes, result = self.plan(observations, horizon, quantiles)
         sequence = Sequence(self._engine.bundle.main, inputs, sizes, lambda s, outputs: then(s, result(outputs)), failed)
-        self._engine.submit(sequence, deadline)
+        self._engine.submit(sequence, claim)
         return sequence
 
     def plan(

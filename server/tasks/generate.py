@@ -20,6 +20,7 @@ from server.engine import Engine
 from server.errors import InvalidInput, ServeError
 from server.inputs import Array, Sizes
 from server.sequence import Outputs, Sequence
+from server.shares import ANYONE, Claim
 from server.tasks.limits import check_letters
 
 SYMBOLS = 200  # generated where the caller names no limit
@@ -143,7 +144,7 @@ class Generator:
 
     def start(
         self, text: str, wanted: Wanted, then: Callable[[Sequence, Generated], None], failed: Callable[[ServeError], None],
-        drawn: Callable[[Drawn], None] | None = None, deadline: float | None = None,
+        drawn: Callable[[Drawn], None] | None = None, claim: Claim = ANYONE,
     ) -> Sequence:  # fmt: skip
         """Queue one text; `drawn` is called with each symbol. Raises InvalidInput as `read` does."""
         drawing = self.read(text, wanted)
@@ -158,7 +159,7 @@ class Generator:
                 sequence.go_on(self._main, *self.following(drawing), sequence.state)
 
         sequence = Sequence(self._main, {"tokens": drawing.first[None]}, Sizes(1, len(drawing.first)), stepped, failed)
-        self._engine.submit(sequence, deadline)
+        self._engine.submit(sequence, claim)
         return sequence
 
 

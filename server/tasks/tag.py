@@ -17,6 +17,7 @@ from server.engine import Engine
 from server.errors import InvalidInput, ServeError
 from server.inputs import Sizes
 from server.sequence import Outputs, Sequence
+from server.shares import ANYONE, Claim
 from server.tasks.limits import check_letters
 
 
@@ -58,7 +59,7 @@ class Tagger:
 
     def start(
         self, given: str | Listed[str], then: Callable[[Sequence, Tagged], None], failed: Callable[[ServeError], None],
-        deadline: float | None = None,
+        claim: Claim = ANYONE,
     ) -> Sequence:  # fmt: skip
         """Queue one text, or the words of one, whose text is then the words with a space between them. Raises InvalidInput
         where it has no words, an empty one, or more than the model reads."""
@@ -86,7 +87,7 @@ class Tagger:
 
         inputs = {"words": self._words.ids(words)[None], "features": self._words.features(words)[None]}
         sequence = Sequence(self._engine.bundle.main, inputs, Sizes(1, count), answer, failed)
-        self._engine.submit(sequence, deadline)
+        self._engine.submit(sequence, claim)
         return sequence
 
 

@@ -9,6 +9,7 @@ from server.engine import Engine
 from server.errors import InvalidInput, ServeError
 from server.inputs import Array, Sizes, check
 from server.sequence import Inputs, Outputs, Packed, Sequence
+from server.shares import ANYONE, Claim
 
 
 class Tensors:
@@ -21,7 +22,7 @@ class Tensors:
 
     def start(
         self, inputs: Mapping[str, Array], then: Callable[[Sequence, Outputs], None], failed: Callable[[ServeError], None],
-        deadline: float | None = None,
+        claim: Claim = ANYONE,
     ) -> Sequence:  # fmt: skip
         """Check the inputs against the contract and queue them. Raises InvalidInput naming tensor, expected and got."""
         if any(is_ragged(a) for t in self.graph.inputs for a in t.axes):
@@ -29,19 +30,19 @@ class Tensors:
                 "TASK_ONLY", f"model {self._engine.name!r} lays rows of different lengths end to end; call it by its task, "
                 f"{self._engine.bundle.kind!r}", model=self._engine.name,
             )  # fmt: skip
-        return self._queue(inputs, check(self.graph, inputs, self.most_rows), then, failed, deadline)
+        return self._queue(inputs, check(self.graph, inputs, self.most_rows), then, failed, claim)
 
     def start_packed(
         self, inputs: Packed, steps: int, then: Callable[[Sequence, Outputs], None], failed: Callable[[ServeError], None],
-        deadline: float | None = None,
+        claim: Claim = ANYONE,
     ) -> Sequence:  # fmt: skip
         """The same for one row whose inputs are as they came; `failed` is told of values that the contract forbids."""
-        return self._queue(inputs, Sizes(1, steps), then, failed, deadline)
+        return self._queue(inputs, Sizes(1, steps), then, failed, claim)
 
     def _queue(
         self, inputs: Inputs | Packed, sizes: Sizes, then: Callable[[Sequence, Outputs], None], failed: Callable[[ServeError], None],
-        deadline: float | None,
+        claim: Claim,
     ) -> Sequence:  # fmt: skip
         sequence = Sequence(self._engine.bundle.main, inputs, sizes, then, failed)
-        self._engine.submit(sequence, deadline)
+        self._engine.submit(sequence, claim)
         return sequence

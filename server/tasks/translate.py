@@ -18,6 +18,7 @@ from server.engine import Engine
 from server.errors import InvalidInput, ServeError
 from server.inputs import Array, Sizes
 from server.sequence import Outputs, Sequence
+from server.shares import ANYONE, Claim
 from server.states import Rows, fresh
 from server.tasks.limits import check_letters
 
@@ -72,7 +73,7 @@ class Translator:
 
     def start(
         self, text: str, wanted: Wanted, then: Callable[[Sequence, Translated], None], failed: Callable[[ServeError], None],
-        said: Callable[[Said], None] | None = None, deadline: float | None = None,
+        said: Callable[[Said], None] | None = None, claim: Claim = ANYONE,
     ) -> Sequence:  # fmt: skip
         """Queue one text; `said` is called with each token as soon as every hypothesis agrees on it. Raises InvalidInput
         where the text is empty or too long, or the beam or limit is not to be had."""
@@ -96,7 +97,7 @@ class Translator:
         under_way = _Translation(self, ids, search, wanted.attention, then, said)
         tokens = np.append(ids, self.end)[None]
         sequence = Sequence("encode", {"tokens": tokens}, Sizes(1, tokens.shape[1]), under_way.encoded, failed)
-        self.engine.submit(sequence, deadline)
+        self.engine.submit(sequence, claim)
         return sequence
 
 
@@ -120,7 +121,7 @@ class _Translation:
     def encoded(self, sequence: Sequence, outputs: Outputs) -> None:
         self._memory[1] = outputs["memory"][0]
         first = fresh(self._task.step, 1)
-        states = zip(self._task.step.states, first.bank, strict=True)
+        states = zip(self._task.step.states, first.arrays(), strict=True)
         state = Rows(first.axes, tuple(outputs.get(s.input, zeros) for s, zeros in states), 0, 1)
         sequence.then = self.stepped
         self._go_on(sequence, [self._task.begin], state)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.conformance import (
     cases_errors,
+    cases_http,
     cases_infer,
     cases_memory,
     cases_perf,
@@ -26,7 +27,7 @@ from tests.conformance.examples import run_examples
 ORDER = [
     module.__name__
     for module in (
-        cases_server, cases_infer, cases_errors, cases_sequences, cases_streams, cases_memory, cases_perf, cases_repository,
+        cases_server, cases_infer, cases_errors, cases_sequences, cases_streams, cases_memory, cases_http, cases_perf, cases_repository,
     )
 ]  # fmt: skip
 PASS, FAIL, ABSENT = "PASS", "FAIL", "not offered"
@@ -48,6 +49,7 @@ def outcome(case: Case, server: Server) -> tuple[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--url", required=True, help="HOST:PORT of a server with the models of tests.conformance.models")
+    parser.add_argument("--http", default="", help="HOST:PORT of its REST face")
     parser.add_argument("--examples", type=Path, help="directory of tritonclient's published examples, to be run unchanged")
     parser.add_argument("--only", action="append", default=[], help="cases whose name contains this")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each outcome")
@@ -55,12 +57,12 @@ def main() -> int:
     options = parser.parse_args()
 
     def outcomes() -> Iterator[tuple[str, str, str, str]]:
-        server = Server(options.url)
+        server = Server(options.url, options.http)
         for case in sorted(CASES, key=lambda c: ORDER.index(c.run.__module__)):
             if not options.only or any(part in case.name for part in options.only):
                 yield (case.name, case.says, *outcome(case, server))
         if options.examples:
-            yield from run_examples(options.examples, options.url)
+            yield from run_examples(options.examples, options.url, options.http)
 
     found = []
     for name, says, how, why in outcomes():

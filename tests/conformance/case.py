@@ -37,12 +37,20 @@ class Case:
 class Server:
     """The server under test, through tritonclient and through the plain stubs that it is made of."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, http: str = "") -> None:
         self.url = url
+        self._http = http
 
     @cached_property
     def client(self) -> Any:
         return triton.InferenceServerClient(self.url)
+
+    @property
+    def http(self) -> str:
+        """Where its REST face is, HOST:PORT. Raises NotOffered."""
+        if not self._http:
+            raise NotOffered("no REST face: --http HOST:PORT names one")
+        return self._http
 
     @cached_property
     def stub(self) -> Any:

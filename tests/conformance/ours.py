@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 
 from tests.conformance.models import write
-from tests.process import ROOT, serve
+from tests.process import ROOT, serve, web
 
 FLAGS = ("--allow-shared-memory", "--server-name", "triton")  # a published example insists on that name
 
@@ -21,8 +21,9 @@ FLAGS = ("--allow-shared-memory", "--server-name", "triton")  # a published exam
 def suite(directory: Path, *more: str) -> list[tuple[str, str, str]]:
     """Name, outcome and why of every case, from a process of its own. Raises RuntimeError where the suite itself fails."""
     write(directory / "models")
-    with serve(directory / "models", *FLAGS) as served:
-        command = [sys.executable, "-m", "tests.conformance", "--url", f"127.0.0.1:{served.port}", "--json", *more]
+    with serve(directory / "models", *FLAGS) as served, web(f"127.0.0.1:{served.port}") as face:
+        asked = ["--url", f"127.0.0.1:{served.port}", "--http", f"127.0.0.1:{face.port}"]
+        command = [sys.executable, "-m", "tests.conformance", *asked, "--json", *more]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout:
         raise RuntimeError(done.stderr[-3000:])
@@ -33,12 +34,23 @@ def suite(directory: Path, *more: str) -> list[tuple[str, str, str]]:
     return found
 
 
+def kserve(directory: Path, python: str) -> int:
+    """KServe's REST client, which pins packages that ours are newer than, in its own environment; its exit status."""
+    write(directory / "models")
+    with serve(directory / "models", *FLAGS) as served, web(f"127.0.0.1:{served.port}") as face:
+        return subprocess.run([python, str(ROOT / "tests" / "conformance" / "kserve_rest.py"), face.url]).returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make conformance", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--examples", type=Path, help="src/python/examples of a checkout of triton-inference-server/client")
     parser.add_argument("--only", action="append", default=[], help="cases whose name contains this")
     parser.add_argument("--write", action="store_true", help="write docs/conformance.md")
+    parser.add_argument("--kserve", metavar="PYTHON", help="one that has kserve: its REST client's cases, instead of ours")
     options = parser.parse_args()
+    if options.kserve:
+        with tempfile.TemporaryDirectory() as directory:
+            return kserve(Path(directory), options.kserve)
     more = [word for part in options.only for word in ("--only", part)]
     if options.examples:
         more += ["--examples", str(options.examples.resolve())]

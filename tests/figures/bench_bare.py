@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ Array = np.ndarray[Any, Any]
 ROWS, CHUNK = 32, 32
 
 
-def session(file: Path) -> ort.InferenceSession:
+def session(file: Path, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.enable_mem_pattern = False
-    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(file), options, providers=list(providers))
 
 
 def tokens(rows: int, steps: int) -> dict[str, Array]:
@@ -112,10 +112,10 @@ class Greedy:
     """The shipped translator in batches of 64 offline: sources of equal length are encoded together, all 64 decode together,
     and who has finished leaves."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> None:
         bundle = contract.load(directory)
-        self._encode = session(directory / bundle.graphs["encode"].file)
-        self._step = session(directory / bundle.graph.file)
+        self._encode = session(directory / bundle.graphs["encode"].file, providers)
+        self._step = session(directory / bundle.graph.file, providers)
         self._states = bundle.graph.states
         self._names = ["log_probs", "ids", *(s.output for s in self._states)]
         self.begin, self.end, self.most = (int(bundle.task[k]) for k in ("start", "end", "max_length"))

@@ -1,5 +1,5 @@
-"""Lean clients for what perf_analyzer does not speak: Turns and Translate of seqserve.v1. Each runs as a process of its own,
-`python -m tests.figures.bench_clients turns|translate`, and prints one line of JSON: calls a second, p50 and p99 in ms.
+"""Lean clients for what perf_analyzer does not speak: Turns, Translate and Classify of seqserve.v1. Each runs as a process of its own,
+`python -m tests.figures.bench_clients turns|translate|classify`, and prints one line of JSON: calls a second, p50 and p99 in ms.
 
 It knows seqserve's messages; it must not know servers' insides, models' weights or what is expected of speed.
 """
@@ -7,6 +7,8 @@ It knows seqserve's messages; it must not know servers' insides, models' weights
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import json
 import queue
 import sys
@@ -139,38 +141,45 @@ def turns(channel: grpc.Channel, model: str, sessions: int, together: int, strea
     return tally.line()
 
 
-def translate(channel: grpc.Channel, texts: list[str], callers: int, whole: bool, seconds: float) -> str:
-    """Texts translated greedily, `callers` under way at once; `whole`: each text once, else round and round for a while."""
-    requests = [tasks.TranslateRequest(text=t, beam=1).SerializeToString() for t in texts]
-    ask = channel.unary_unary("/seqserve.v1.Tasks/Translate", _as_it_is, tasks.TranslateReply.FromString)
-    room = threading.Semaphore(callers)
+async def ask_all(port: int, what: str, texts: list[str], callers: int, whole: bool, seconds: float) -> str:
+    """Texts translated greedily, or classified, one a call, `callers` under way at once; `whole`: each text once, else round and round
+    for a while. Replies are taken as bytes and read when all is over: threads and parsing took this client as much of the two cores as
+    the server had."""
+    requests = [
+        (tasks.TranslateRequest(text=t, beam=1) if what == "translate" else tasks.ClassifyRequest(texts=[t])).SerializeToString()
+        for t in texts
+    ]
     tally = Tally(seconds)
     if whole:
         tally.begin, tally.end = time.perf_counter(), float("inf")
-    tokens = 0
-    calls: list[grpc.Future[tasks.TranslateReply]] = []
-    at = 0
-    while (at < len(requests)) if whole else (time.perf_counter() < tally.end):
-        room.acquire()
-        sent = time.perf_counter()
-        call = ask.future(requests[at % len(requests)])
+    replies: list[bytes] = []
+    numbers = iter(range(len(requests))) if whole else itertools.count()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.max_receive_message_length", -1)]) as channel:
+        ask = channel.unary_unary(f"/seqserve.v1.Tasks/{what.capitalize()}")
 
-        def done(_: object, sent: float = sent) -> None:
-            tally.add(sent, time.perf_counter(), 1)
-            room.release()
+        async def caller() -> None:
+            for number in numbers:
+                sent = time.perf_counter()
+                replies.append(await ask(requests[number % len(requests)]))
+                now = time.perf_counter()
+                tally.add(sent, now, 1)
+                if now > tally.end:
+                    return
 
-        call.add_done_callback(done)
-        calls.append(call)
-        at += 1
-    for answered in calls:
-        tokens += len(answered.result().tokens)
+        await asyncio.gather(*(caller() for _ in range(callers)))
     tally.end = min(tally.end, time.perf_counter())
-    return tally.line(tokens=tokens, texts=len(calls))
+    return tally.line(tokens=sum(_tokens(what, reply) for reply in replies), texts=len(replies))
+
+
+def _tokens(what: str, reply: bytes) -> int:
+    if what == "translate":
+        return len(tasks.TranslateReply.FromString(reply).tokens)
+    return sum(result.tokens for result in tasks.ClassifyReply.FromString(reply).results)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.figures.bench_clients", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("what", choices=["turns", "translate"])
+    parser.add_argument("what", choices=["turns", "translate", "classify"])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model", default="model_b")
     parser.add_argument("--sessions", type=int, default=256)
@@ -186,7 +195,7 @@ def main() -> int:
             print(turns(channel, options.model, options.sessions, options.together, options.streams, options.seconds))
         else:
             texts = options.texts.read_text(encoding="utf-8").splitlines()
-            print(translate(channel, texts, options.callers, options.whole, options.seconds))
+            print(asyncio.run(ask_all(options.port, options.what, texts, options.callers, options.whole, options.seconds)))
     return 0
 
 

@@ -1,7 +1,8 @@
 """What a fleet costs its callers when replicas are killed and drained: `make compose-test`.
 
 Builds the images and starts the `fleet` stack of docker-compose.yml; then, for a minute, live sessions read texts piece by piece
-through the balancer while one replica is killed with SIGKILL, another drained with SIGTERM, then the first drained too; each comes back.
+through the balancer, beside locust's mix of users, while one replica is killed with SIGKILL, another drained with SIGTERM, then the
+first drained too; each comes back.
 Every session's last answer is compared with the same text classified at once: equal scores mean that no turn was lost, doubled or
 misplaced. Prints requests, failures that reached callers after their client's own retries, turns lost and doubled, sessions that
 changed their replica, and latencies before, during and after. Fails unless all four are 0 and sessions did move.
@@ -10,7 +11,9 @@ changed their replica, and latencies before, during and after. Fails unless all 
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +26,7 @@ import numpy as np
 from seqserve import Client, errors
 from tests.figures.crash import WORDS
 from tests.figures.fleets import Containers, Fleet, Processes
+from tests.process import ROOT
 
 TURNS = (20, 200)  # of one session: some outlive both disturbances, some begin amid them
 PHASES = {"before": (0.05, 0.20), "killed": (0.20, 0.38), "drained": (0.42, 0.58), "again": (0.62, 0.78), "after": (0.86, 1.0)}
@@ -120,6 +124,28 @@ def _look_until(moment: float, moves: Moves) -> None:
         moves.look()
 
 
+class Users:
+    """Locust's `Mix` beside the sessions, from another process, for so long: what it asked and how that ended."""
+
+    def __init__(self, address: str, count: int, seconds: float) -> None:
+        command = [
+            sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "Mix", "--host", address, "--headless", "--json", "--skip-log",
+            "--users", str(count), "--run-time", str(int(seconds)), "--pause", "0.3", "--retries", "50",
+        ]  # fmt: skip
+        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) if count else None
+
+    def said(self) -> tuple[str, int]:
+        """What to say of it, and how many requests failed."""
+        if self._process is None:
+            return "", 0
+        rows = json.loads(self._process.communicate()[0])
+        failed, asked = (sum(row[name] for row in rows) for name in ("num_failures", "num_requests"))
+        times = sorted((float(ms), count) for row in rows for ms, count in row["response_times"].items())
+        every = np.repeat([ms for ms, _ in times], [count for _, count in times])
+        p50, p99 = np.percentile(every, (50, 99)) if len(every) else (float("nan"), float("nan"))
+        return f"; locust's mix: {asked:,} requests, {failed} failed, ms p50 / p99 {p50:.0f} / {p99:.0f}", failed + (not asked)
+
+
 def wait_until_served(address: str, seconds: float = 60.0) -> None:
     with Client(address, retries=1000, timeout=seconds) as client:
         client.classify("ready?", "sentiment")
@@ -146,6 +172,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--sessions", type=int, default=24, help="at once")
     parser.add_argument("--pace", type=float, default=0.1, help="seconds between a caller's turns, on average")
+    parser.add_argument("--users", type=int, default=4, help="of locust's mix, beside the sessions")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--base", default="", help="image to build all others from, with Debian's packages: where no registry is reached")
     parser.add_argument("--processes", action="store_true", help="no containers: servers, haproxy and redis-server of this machine")
@@ -161,16 +188,18 @@ def main() -> int:
                 pool.submit(live, client, f"s{n}", options.seed * 1000 + n, began, options.seconds, options.pace, seen)
                 for n in range(options.sessions)
             ]
+            users = Users(fleet.address, options.users, options.seconds)
             disturb(fleet, began, options.seconds, moves)
             for one in every:
                 one.result()
         line, bad = summary(seen, moves, options.seconds, fleet)
+        more, failed = users.said()
     finally:
         fleet.close()
     for failure in seen.failures[:20]:
         print(failure)
-    print(line)
-    return 1 if bad else 0
+    print(line + more)
+    return 1 if bad or failed else 0
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ class Containers:
         for value in re.findall(r"'([^']*)'", _ran([sys.executable, "-m", "pip", "config", "list"])):
             for word in value.split():
                 path = Path(word.removeprefix("file://"))
-                if path.is_absolute() and path.is_dir():
+                if path.is_absolute() and path.exists():
                     found.add(path.parent if path.name == "simple" else path)  # an index names files that lie beside it
         mounts = [part for path in sorted(found) if path.exists() for part in ("--volume", f"{path}:{path}:ro")]
         return ["--isolation", "chroot", *mounts]
@@ -172,13 +172,16 @@ class Containers:
 class Processes:
     """Three servers on addresses of their own, haproxy and redis-server, as processes of this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: bool = False) -> None:
+        """With `metrics`, servers have a port for them."""
         self._scratch = tempfile.TemporaryDirectory()
         self._every: list[subprocess.Popen[bytes]] = []
         self._replicas: dict[int, subprocess.Popen[bytes]] = {}
-        self._port, self._redis, self._balancer, metrics = _free(4)
-        self.address = f"localhost:{self._balancer}"
-        self._metrics = metrics
+        self._port, self._redis, self._balancer, balanced, served = free(5)
+        self.address = f"127.0.0.1:{self._balancer}"
+        self._metrics = served if metrics else -1
+        self.balancer_metrics = f"127.0.0.1:{balanced}"
+        self.metrics = [f"{_host(r)}:{served}" for r in range(REPLICAS)]
 
     def start(self) -> None:
         self._run("redis-server", "--port", str(self._redis), "--save", "", "--appendonly", "no", "--dir", self._scratch.name)
@@ -189,7 +192,7 @@ class Processes:
         text = before + after[after.index("frontend") :].replace("init-addr none resolvers names", "")
         servers = "\n".join(f"    server replica{r} {_host(r)}:{self._port}" for r in range(REPLICAS))
         text = re.sub(r"(?m)^ *server-template.*$", servers, text)
-        text = text.replace("${BALANCER_PORT}", str(self._balancer)).replace(":8404", f"127.0.0.1:{self._metrics}")
+        text = text.replace("${BALANCER_PORT}", str(self._balancer)).replace(":8404", self.balancer_metrics)
         config = Path(self._scratch.name, "haproxy.cfg")
         config.write_text(text)
         self._run("haproxy", "-db", "-f", str(config))
@@ -205,7 +208,7 @@ class Processes:
     def back(self, replica: int) -> None:
         self._replicas[replica] = self._run(
             sys.executable, "-m", "server", "--models", "models", "--host", _host(replica), "--port", str(self._port),
-            "--metrics-port", "-1", "--workers", "1", "--store", f"redis://127.0.0.1:{self._redis}",
+            "--metrics-port", str(self._metrics), "--workers", "1", "--store", f"redis://127.0.0.1:{self._redis}",
         )  # fmt: skip
 
     def owners(self) -> Mapping[str, str]:
@@ -232,7 +235,7 @@ def _host(replica: int) -> str:
     return f"127.0.0.{2 + replica}"
 
 
-def _free(count: int) -> list[int]:
+def free(count: int) -> list[int]:
     """Ports that nobody listens on."""
     held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [s.getsockname()[1] for s in held]

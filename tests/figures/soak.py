@@ -1,7 +1,8 @@
 """`make soak`: ill-behaved callers (abuse.py) beside well-behaved ones, for MINUTES.
 
 The well-behaved call all along: some time undisturbed, then beside the others, then alone again. Printed are their p99 in each part,
-the server's memory and file descriptors with their slope while it is disturbed, and what is left of both in the end.
+the server's memory and file descriptors with their slope while it is disturbed, and what is left of both in the end; and the cores
+that the server, the others and the neighbours used then, since all of them share this machine's.
 """
 
 from __future__ import annotations
@@ -76,8 +77,10 @@ def main() -> int:
         over.wait(quiet)
         marks.append(time.perf_counter())
         command = [sys.executable, "-m", "tests.figures.abuse", str(served.port), str(total - 2 * quiet)]
+        before = os.times()
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         marks.append(time.perf_counter())
+        after = os.times()
         over.wait(quiet)
         marks.append(time.perf_counter())
         over.set()
@@ -101,6 +104,14 @@ def main() -> int:
         )
         for failure in sorted(set(failed))[:5]:
             print(f"  {failure}")
+    used = watched.between(marks[1], marks[2])
+    cores = {
+        "server": used[-1].cpu - used[0].cpu,
+        "abusers": after.children_user + after.children_system - before.children_user - before.children_system,
+        "neighbours": after.user + after.system - before.user - before.system,
+    }
+    said = ", ".join(f"{who} {seconds / (marks[2] - marks[1]):.2f}" for who, seconds in cores.items())
+    print(f"cores used during it: {said}, of {os.cpu_count()}; load average {os.getloadavg()[0]:.1f}")
     disturbed = watched.between(marks[1] + SETTLED * (marks[2] - marks[1]), marks[2])
     steep, rising = memory_slope(disturbed), descriptors_slope(disturbed)
     failed_ever = sum(bool(m.failed) for m in every)

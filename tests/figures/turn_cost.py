@@ -49,13 +49,15 @@ class _Call:
 
 def _app(directory: Path, store: str) -> App:
     app = App(Config(models=directory / "models", workers=1, store=store))
+    app.workers._brief = 1.0  # on a slow machine too this thread runs every round, as there is no other
     app.catalog.scan(directory / "models")
     return app
 
 
 def turns(app: App, together: int) -> Callable[[], list[Callable[[], None]]]:
     """Each time: the next turn of every session, `together` to a message."""
-    stream = app.front._methods["/seqserve.v1.Sessions/Turns"].start(_Call())  # type: ignore[attr-defined]  # of either front
+    stream = app.methods["/seqserve.v1.Sessions/Turns"].start(_Call())
+    assert stream is not None
     lives = [Live(n, f"s-{n}") for n in range(SESSIONS)]
     for live in lives:
         app.shelf.open(MODEL, "", live.id)
@@ -71,7 +73,7 @@ def turns(app: App, together: int) -> Callable[[], list[Callable[[], None]]]:
 
 def calls(app: App, sequences: bool) -> Callable[[], list[Callable[[], None]]]:
     """Each time: one unary request of each caller, a step of its sequence or one that stands alone."""
-    start = app.front._methods["/inference.GRPCInferenceService/ModelInfer"].start  # type: ignore[attr-defined]  # of either front
+    start = app.methods["/inference.GRPCInferenceService/ModelInfer"].start
     begun = False
 
     def request(number: int) -> bytes:

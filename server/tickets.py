@@ -1,0 +1,28 @@
+"""A ticket: a sequence's place in the queue. Fields only; what they mean for the order is rounds.py's, shares.py's and pieces.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from server.shares import Account
+
+
+class Ticket:
+    """One sequence waiting or running. `remaining` counts the time steps still to do."""
+
+    __slots__ = ("account", "cut", "deadline", "gone", "graph", "key", "order", "remaining", "rows", "running", "shared")
+
+    account: Account  # whose share it takes; set when it is admitted
+    deadline: float | None
+
+    def __init__(self, key: Hashable, rows: int, remaining: int, *, cut: bool = True, shared: bool = True, graph: str = "") -> None:
+        self.key = key
+        self.graph = graph
+        self.rows = rows
+        self.remaining = remaining
+        self.cut = cut
+        self.shared = shared
+        self.deadline = None
+        self.order = 0.0  # virtual time (shares.py); 0: was never queued
+        self.running = False
+        self.gone = False  # cancelled, expired or finished: never to be chosen again

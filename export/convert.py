@@ -43,8 +43,8 @@ rounding, by norms: two of float16's 0.00098. Everywhere else batching may not c
 CARD = "README.md"
 EPILOG = """
 examples:
-  seqserve convert models/sentiment/1 --precision float16-weights --out models/sentiment/2
-  seqserve convert models/sentiment/1 --precision int8-dynamic --out models/quick/1
+  seqserve convert models/translator/1 --precision float16-weights --out models/translator/2
+  seqserve convert models/translator/1 --precision int8-dynamic --out models/quick/1
 
 float16-weights   half the size; answers are computed in float32, as fast and as exact in rounds as before
 bfloat16-weights  the same for weights beyond float16's range, with fewer digits

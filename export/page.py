@@ -155,13 +155,14 @@ def _chapter(root: Path, s: System) -> Iterable[str]:
 
 
 def commands(s: System) -> list[str]:
-    """How to train, export, serve and ask a system; the last are of docs/models.toml."""
+    """How to train, export, serve and ask a system; what comes before that, if anything, and the last are of docs/models.toml."""
     made = s.bundle.made_from["command"].replace("python -m training", "seqserve train", 1)
     words = made.split()
     run = words[words.index("--out") + 1]
     precision = f" --precision {s.bundle.precision}" if s.bundle.precision != "float32" else ""
     export = f"seqserve export {run} --out models.new/{s.name}/1{precision}"
-    return [made, export, "seqserve serve --models models.new", *(one.replace("\n", "\\n") for one in s.said["ask"])]
+    ask = (one.replace("\n", "\\n") for one in s.said["ask"])
+    return [*s.said.get("first", ()), made, export, "seqserve serve --models models.new", *ask]
 
 
 def _proved(bundle: Bundle) -> str:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from contract.bundle import Bundle, validate
+from export import to_onnx, verify
+from server.graph import OnnxGraph
 from training import __main__ as command
-from training import checkpoint, config, forecaster
-from training.config import ConfigError
+from training import checkpoint
 from training.forecaster import QUANTILES, Dims, Forecaster, calibrate, describe, pinball, ridge
 from training.windows import waves
 
@@ -137,17 +138,23 @@ def test_the_width_is_set_to_cover_what_is_promised(model: Forecaster) -> None:
     assert share == pytest.approx(0.8, abs=0.01) or made.width == pytest.approx(4.0, rel=1e-3)
 
 
-def test_the_regression_reads_each_channel_by_its_own_map() -> None:
-    """A channel's part of the mean is its own window times its own map, and nothing of another channel."""
+def test_the_regression_reads_each_channel_by_its_own_map(tmp_path: Path) -> None:
+    """A channel's part of the mean is its own window times its own map, and nothing of another channel; exported too, where it is
+    computed another way, which keeps batched = alone."""
     torch.manual_seed(3)
     made = Forecaster(replace(DIMS, regression=True)).eval()
-    maps = torch.randn(3, DIMS.lookback, DIMS.horizon)
     with torch.inference_mode():
-        made.regression.weight.copy_(maps.transpose(1, 2).flatten(0, 1))
+        made.regression.normal_()
         made.share.fill_(0.0)
         window = torch.randn(2, 3, DIMS.lookback)
         mean = made.forecast(torch.zeros(2, 3, DIMS.hidden), window).mean
-    torch.testing.assert_close(mean, torch.einsum("ncl,clh->nhc", window, maps), atol=1e-4, rtol=1e-4)
+        alone = [window[:, c] @ made.regression[c] for c in range(3)]
+    torch.testing.assert_close(mean, torch.stack(alone, -1), atol=1e-4, rtol=1e-4)
+    (graph,) = describe(made).values()
+    to_onnx.write(graph, made, tmp_path / graph.file)
+    proof = verify.verify("forecaster", graph, made, OnnxGraph(graph, tmp_path / graph.file))
+    assert proof.batched_is_alone
+    assert proof.cut_is_whole
 
 
 def test_ridge_finds_the_map_there_is() -> None:
@@ -160,9 +167,9 @@ def test_ridge_finds_the_map_there_is() -> None:
     assert ridge(past, ahead, 1e3).norm() < 0.5 * maps.norm()
 
 
-def test_the_share_is_chosen_by_the_validation_months(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_share_is_chosen_by_the_validation_months(tmp_path: Path) -> None:
     """A run with a regression ends with a smaller squared error on the validation months than its LSTM alone has, with the scores of
-    both together in its checkpoint; too many channels are refused."""
+    both together in its checkpoint."""
     few = ["--config", "toy", "--no-progress", "--set", "run.epochs=1", "--set", "data.sessions=64", "--set", "model.regression=true"]
     assert command.main(["forecaster", *few, "--out", str(tmp_path)]) == 0
     alone = json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])
@@ -171,9 +178,6 @@ def test_the_share_is_chosen_by_the_validation_months(tmp_path: Path, monkeypatc
     assert kept.scores.keys() == {name for name in alone if name.startswith("validation_")}
     assert json.loads((tmp_path / "scores.json").read_text())["scores"] == kept.scores
     assert 0 <= float(kept.weights["share"]) < 1
-    monkeypatch.setattr(forecaster, "MOST_CHANNELS", 2)
-    with pytest.raises(ConfigError, match="at most 2 channels"):
-        forecaster.prepare(config.load("forecaster", "toy", ["model.regression=true"]), None, tmp_path)
 
 
 def test_the_contract_can_be_served(model: Forecaster) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 EPILOG = """
 examples:
   python -m training sentiment --config toy --out runs/toy        under a minute, needs no data set
-  python -m training sentiment --data DIR --out runs/sentiment    the shipped model; data from DIR
+  python -m training sentiment --data DIR --out runs/sentiment    minutes to hours; data from DIR
   python -m training sentiment --out runs/sentiment               the same; data are downloaded once
   python -m training sentiment --out runs/sentiment --resume      go on where it was interrupted
   python -m training sentiment --out runs/small --set model.hidden=64 --set run.epochs=2

@@ -59,7 +59,7 @@ class Dims:
     hidden: int = 64
     dropout: float = 0.3
     season: int = DAY  # steps of the pattern that the features look for; 3, 6, 12, 24, ...
-    regression: bool = False  # whether a linear map of each channel's own window stands beside, for a few channels
+    regression: bool = False  # whether a linear map of each channel's own window stands beside
 
 
 class Forecast(NamedTuple):
@@ -81,6 +81,7 @@ class Forecaster(nn.Module):
     centre: Tensor
     scale: Tensor
     width: Tensor
+    regression: Tensor
     share: Tensor
 
     def __init__(self, dims: Dims) -> None:
@@ -101,10 +102,7 @@ class Forecaster(nn.Module):
         nn.init.normal_(self.spread.weight, std=0.01)
         nn.init.constant_(self.spread.bias, -0.5)
         if dims.regression:
-            # Solved in `finish`. One matrix for all channels, of whose result each takes its own part, costs as many times more as there
-            # are channels; but a product for each channel (einsum) gave last bits that hung on how many rows a round had.
-            self.regression = nn.Linear(dims.lookback, dims.channels * dims.horizon, bias=False).requires_grad_(False)
-            nn.init.zeros_(self.regression.weight)
+            self.register_buffer("regression", torch.zeros(dims.channels, dims.lookback, dims.horizon))  # solved in `finish`
             self.register_buffer("share", torch.ones(()))  # of LSTM and highway in the mean; the rest is the regression's
 
     def features(self, before: Tensor, values: Tensor) -> Tensor:
@@ -146,8 +144,7 @@ class Forecaster(nn.Module):
         state = self.dropout(state)
         mean = last + self.highway(relative) + self.correct(state)  # [..., channels, horizon]
         if self.dims.regression:
-            every = self.regression(window).unflatten(-1, (self.dims.channels, self.dims.horizon))  # [..., channels, channels, horizon]
-            own = (every * torch.eye(self.dims.channels, device=window.device).unsqueeze(-1)).sum(-2)
+            own = self.regress(window)
             mean = self.share * mean + (1 - self.share) * own
         # Errors grow with how much the window moved: the spread is in units of its mean deviation. Sums run over `lookback`
         # floats, whole vector registers for 48 or 96: else the rows' alignment would show in onnxruntime's last bits.
@@ -168,6 +165,19 @@ class Forecaster(nn.Module):
         away = [*(-b for b in reversed(below)), torch.zeros_like(middle), *above]
         quantiles = torch.stack([mean + middle + self.width * a for a in away], dim=-1)
         return Forecast(mean.transpose(-1, -2), quantiles.transpose(-2, -3))
+
+    def regress(self, window: Tensor) -> Tensor:
+        """window [..., channels, lookback], standardised → what each channel's own map makes of it [..., channels, horizon]."""
+        if not torch.onnx.is_in_onnx_export():
+            own: Tensor = torch.einsum("...cl,clh->...ch", window, self.regression)
+            return own
+        # A product for each channel gave last bits that hung on how many rows a round had. So one matrix for all, of whose result
+        # each takes its own part: as many times the work as there are channels, which for seven is little.
+        channels = self.dims.channels
+        every = functional.linear(window, self.regression.transpose(1, 2).flatten(0, 1))
+        every = every.reshape(*every.shape[:-1], channels, self.dims.horizon)
+        own = (every * torch.eye(channels).unsqueeze(-1)).sum(-2)
+        return own
 
     def start(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """first [batch, 1, channels], any units → the look-back before anything was seen, and h (or c)."""
@@ -283,7 +293,6 @@ def pinball(quantiles: Tensor, truth: Tensor) -> Tensor:
 
 
 PENALTIES = (1.0, 30.0, 300.0, 1000.0)  # on squares of the regression's weights, tried on the validation months
-MOST_CHANNELS = 32  # with a regression, whose cost is their square
 SHARES = tuple(n / 20 for n in range(21))
 
 COVERED = (0.75, 0.85)  # of the validation values, by an 80 % interval, is well enough
@@ -357,7 +366,7 @@ class ForecasterTraining(Training):
         model.load_state_dict(dict(kept.weights))
         model.width.fill_(1.0)
         if model.dims.regression:
-            self.regress(model)
+            self.solve(model)
             kept = replace(kept, scores=self.rescored(model))
             loop.rescore(self.out, kept.scores)
         low, high = COVERED
@@ -374,7 +383,7 @@ class ForecasterTraining(Training):
         (self.out / FORECAST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         draw(self.out / "forecast.png", model, self.validation_values, self.series.channels)
 
-    def regress(self, model: Forecaster) -> None:
+    def solve(self, model: Forecaster) -> None:
         """Solve the regression on the training months, for each penalty; keep that penalty and that share with the smallest
         squared error on the validation months."""
         d = model.dims
@@ -395,7 +404,7 @@ class ForecasterTraining(Training):
                 if error < best:
                     best = error
                     model.share.fill_(share)
-                    model.regression.weight.copy_(weights.transpose(1, 2).flatten(0, 1))
+                    model.regression.copy_(weights)
 
     def rescored(self, model: Forecaster) -> dict[str, float]:
         """The validation scores of a finished model."""
@@ -490,8 +499,6 @@ def prepare(config: Config, data: Path | None, out: Path) -> ForecasterTraining:
     if settings.lookback < 2 * season:
         raise ConfigError(f"model.lookback {settings.lookback}: at least two seasons, {2 * season}")
     series = load(chosen.kind, chosen.series, data, config.seed)
-    if settings.regression and series.values.shape[1] > MOST_CHANNELS:
-        raise ConfigError(f"model.regression: for at most {MOST_CHANNELS} channels, not {series.values.shape[1]}")
     model = Forecaster(Dims(channels=series.values.shape[1], **asdict(settings)))
     centre, deviation = scale(series)
     model.centre.copy_(centre)

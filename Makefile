@@ -22,7 +22,7 @@ demo: setup             ## start a server, ask it real questions, stop it
 	$(BIN)/seqserve demo
 
 test: setup-dev         ## all tests
-	$(BIN)/python -m pytest $(RUN)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(RUN)
 
 check: setup-dev        ## format, lint, types, import arrows, generated stubs, pinned packages, known vulnerabilities
 	$(BIN)/ruff check .

@@ -163,7 +163,7 @@ def configuration() -> str:
     """The page of the knobs."""
     lines = ["| flag, variable | default | what for |", "|---|---|---|"]
     for f in fields(Config):
-        default = f.default
+        default = "auto" if f.type == "Count" else f.default  # 0 stands for that word
         shown = "one per core" if f.name == "workers" else "off" if default is False else "on" if default is True else str(default)
         shown = "–" if default is None or shown == "" else f"`{shown}`" if shown not in ("one per core", "on", "off") else shown
         flag = f"--{f.name.replace('_', '-')}"

@@ -196,12 +196,12 @@ def _placement(config: Config) -> Placement:
     """Where rounds run. Raises ValueError where what is asked for is not there."""
     devices = parse(config.device)
     if not devices:
-        why = graph.missing(Device("cuda"))
+        why = graph.missing(Device("cuda"), config.tf32)
         if why is not None:
             log.warning("no GPU, so rounds run on the CPU: %s", why)
         devices = (Device("cuda"),) if why is None else (CPU,)
     for device in devices:
-        if (why := graph.missing(device)) is not None:
+        if (why := graph.missing(device, config.tf32)) is not None:
             raise ValueError(f"--device {device}: {why}; --device auto runs on the CPU then")
     near = devices[0].near
     return Placement(

@@ -6,7 +6,9 @@ It knows names, dtypes, feeds and addresses; it must not know callers, queues or
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import os
 import threading
 import time
 from collections import deque
@@ -251,14 +253,15 @@ def _port(value: Any) -> Port:
     return Port(value.name, _ONNX_DTYPES.get(value.type, value.type), tuple(value.shape))
 
 
-def missing(device: Device) -> str | None:
-    """Why nothing can run on a device, or None where it can: tried with a model of one node."""
+def missing(device: Device, tf32: bool = False) -> str | None:
+    """Why nothing can run on a device, or None where it can: tried with a model of one node. Whether TF32 is allowed is settled for the
+    whole process by whoever asks first."""
     if device.kind == "cpu":
         return None
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return "this onnxruntime has no CUDA in it: install seqserve[gpu] in place of seqserve[cpu]"
     try:
-        binding = (loaded := Loaded(gather.model([("float32", 0)]), device)).bind()
+        binding = (loaded := Loaded(gather.model([("float32", 0)]), device, Placement(tf32=tf32))).bind()
         binding.feed("data0", np.ones((2, 1), np.float32))
         binding.feed("at0", np.ones(1, np.int64))
         out = np.zeros((1, 1), np.float32)
@@ -283,14 +286,14 @@ def _session(source: Path | bytes, device: Device, placement: Placement) -> ort.
     except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
         raise BundleError(str(what)[:200], [f"onnxruntime can't load it: {e}"[:500]]) from None
     if device.kind == "cuda" and "CUDAExecutionProvider" not in made.get_providers():
-        raise BundleError(str(what)[:200], [f"onnxruntime can't use {device}: see its log for the library or driver that is missing"])
+        raise BundleError(str(what)[:200], [f"onnxruntime can't use {device}: {_lacking()}"])
     return made
 
 
 def _providers(device: Device, placement: Placement) -> list[Any]:
     if device.kind == "cpu":
         return ["CPUExecutionProvider"]
-    _preload()
+    _preload(placement.tf32)
     about = {
         "device_id": str(device.index),
         # TF32 rounds factors to 10 bits: 1e-3 where bundles promise 1e-4.
@@ -303,11 +306,28 @@ def _providers(device: Device, placement: Placement) -> list[Any]:
 
 
 @functools.cache
-def _preload() -> None:
+def _preload(tf32: bool) -> None:
     """CUDA and cuDNN from their wheels, where they are installed so and the system has none."""
+    if not tf32:  # for cuDNN's recurrent kernels too, which not every onnxruntime tells so
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     if hasattr(ort, "preload_dlls"):
         with contextlib.suppress(Exception):  # what is missing is told when a graph is loaded
             ort.preload_dlls()
+
+
+def _lacking() -> str:
+    """The library that onnxruntime's CUDA part lacks, by the loader's own words: its log, which would say so, is off."""
+    libraries = Path(ort.__file__).parent / "capi"
+    for name in (
+        "libcuda.so.1",
+        str(libraries / "libonnxruntime_providers_shared.so"),
+        str(libraries / "libonnxruntime_providers_cuda.so"),
+    ):
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError as e:
+            return f"{e}; the driver comes with the system, CUDA and cuDNN with seqserve[gpu]"[:300]
+    return "all its libraries are there: is the device's number right, and its driver new enough?"
 
 
 def _faults(graph: Graph, session: ort.InferenceSession) -> list[str]:

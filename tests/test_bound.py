@@ -35,7 +35,7 @@ from server.bound import BoundGraph, unbound
 from server.catalog import Catalog, Trials
 from server.config import Config
 from server.devices import CPU, Device, Placement, parse
-from server.graph import OnnxGraph, missing
+from server.graph import OnnxGraph, _lacking, missing
 from server.inputs import Sizes
 from server.metrics import Metrics
 from server.rounds import Limits
@@ -602,6 +602,7 @@ def test_a_device_that_is_not_there(library: Path, caplog: pytest.LogCaptureFixt
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match=r"--device cuda:0: this onnxruntime has no CUDA.*--device auto runs on the CPU"):
         App(Config(models=library, device="cuda"))
+    assert "libcuda.so.1" in _lacking()
     with caplog.at_level(logging.WARNING):
         made = App(Config(models=library, port=0, metrics_port=-1, device="auto"))
     assert "no GPU, so rounds run on the CPU" in caplog.text

@@ -91,7 +91,7 @@ def test_sessions_beyond_the_memory_cap(tmp_path: Path) -> None:
         with serve(library, "--store", store, "--durability", durability, "--resident-sessions", "3") as server:
             calls = Calls(server)
             assert calls.list(pb.ListRequest()).total == 19
-            assert len({calls.turn(turn(id, 9, [1])).split(b"scores")[1] for id in ids[1:]}) == 1
+            assert len({scores(pb.TurnReply.FromString(calls.turn(turn(id, 9, [1])))) for id in ids[1:]}) == 1
 
 
 def test_a_store_in_use(tmp_path: Path) -> None:

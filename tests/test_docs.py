@@ -18,7 +18,10 @@ from tests.blocks import Block, blocks, parse, run
 from tests.process import ROOT, Served, serve
 
 DOCS = ROOT / "docs"
-ELSEWHERE = {"docs/models.md"}  # its questions are asked by tests/test_examples.py, its trainings are of hours
+ELSEWHERE = {
+    "docs/models.md",  # its questions are asked by tests/test_examples.py, its trainings are of hours
+    "docs/http.md",  # run by tests/test_web_http.py, with a web process before the server
+}
 PAGES = [ROOT / "README.md", *sorted(f for f in DOCS.rglob("*.md") if f.relative_to(DOCS).parts[0] != "project")]
 EVERY = [block for page in PAGES if str(page.relative_to(ROOT)) not in ELSEWHERE for block in blocks(page)]
 RUN = [block for block in EVERY if block.kind in ("sh", "python") and not block.why]

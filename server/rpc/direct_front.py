@@ -17,6 +17,7 @@ import socket as sockets
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 import grpc
@@ -54,7 +55,7 @@ class DirectFront:
         self._listeners: list[tuple[sockets.socket, ssl.SSLContext | None]] = []
         self._connections: set[Connection] = set()
         self._writing: set[Connection] = set()  # whose socket is full
-        self._dirty: list[Connection] = []  # that have something to send
+        self._dirty: deque[Connection] = deque()  # that have something to send; one object for good, since any thread adds to it
         self._thread = threading.Thread(target=self._work, name="seqserve-front", daemon=True)
         self._lock = threading.Lock()  # of the stages below
         self._started = self._stopping = self._closed = False
@@ -210,8 +211,8 @@ class DirectFront:
 
     def _send(self) -> None:
         """Send what was written, connection by connection."""
-        dirty, self._dirty = self._dirty, []
-        for connection in dirty:
+        for _ in range(len(self._dirty)):
+            connection = self._dirty.popleft()
             if connection not in self._connections:
                 continue
             try:

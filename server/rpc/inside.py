@@ -164,7 +164,7 @@ class Inside:
             counts = self._statistics.of(engine)
             with counts.lock:
                 load.rounds, load.answered, load.failed = counts.rounds, counts.answered, counts.failed
-                load.busy = sum(seconds for _, seconds in counts.batches.values())
+                load.busy = sum(sum(batch[1:]) for batch in counts.batches.values())
             spread: Spread = spreads.get((model.name, model.version), NOTHING)
             load.recent, load.p50, load.p99 = spread
         sessions = self._shelf.sessions

@@ -24,6 +24,7 @@ from tests.process import ROOT, serve
 FROM, TO = "<!-- from make load -->\n", "<!-- to here -->\n"
 WARM = 180.0  # seconds of the same load before it counts: until then arenas fill, ever more slowly
 FLAT = 2.0  # MiB a minute
+PICTURE = "![Percentiles, requests a second and memory over time](images/load.png)\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def main() -> int:
     if options.write:
         page = ROOT / "docs" / "load.md"
         head, _, rest = page.read_text().partition(FROM)
-        page.write_text(head + FROM + about + text + TO + rest.partition(TO)[2])
+        page.write_text(head + FROM + about + PICTURE + text + TO + rest.partition(TO)[2])
     return status or int(steep > FLAT)
 
 

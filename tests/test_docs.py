@@ -29,6 +29,7 @@ NOT_RUN = {
     ("docs/distributed.md", "two processes train for a minute"): 2,
     ("docs/distributed.md", "needs several GPUs and data"): 1,
     ("docs/distributed.md", "needs several machines"): 1,
+    ("docs/distributed.md", "needs data and a quarter of an hour"): 1,
     ("docs/load.md", "needs data, and a network for the package"): 1,
     ("docs/load.md", "needs data, and minutes"): 1,
     ("docs/security.md", "needs another machine, with TLS"): 3,

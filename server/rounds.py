@@ -320,7 +320,9 @@ class Rounds(Generic[T]):
         rows = ticket.rows
         steps = ticket.remaining
         chunk = self.limits.chunk
-        each = self._step_seconds or self.costs.a_row(ticket.graph, rows) or UNKNOWN_S
+        if not self._step_seconds:  # none ran yet: what was measured when the model was loaded
+            self._step_seconds = self.costs.a_row(ticket.graph, rows)
+        each = self._step_seconds or UNKNOWN_S
         cost = rows * (chunk if steps > chunk and ticket.cut else steps) * each
         ticket.order = order = self.accounts.enter(ticket.account, cost)
         line = self._waiting.get(ticket.key)

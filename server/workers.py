@@ -74,7 +74,7 @@ class Workers:
     def add(self, engine: Engine) -> None:
         with self._wake:
             self._engines = [*self._engines, engine]
-            self._full = engine.rounds.limits.rows
+            self._full = max(e.rounds.limits.rows for e in self._engines)
 
     def remove(self, engine: Engine) -> None:
         with self._wake:

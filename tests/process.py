@@ -49,34 +49,43 @@ def _bytes(request: Message | bytes) -> bytes:
 
 
 @contextmanager
-def serve(models: Path, *flags: str, root: Path = ROOT) -> Iterator[Served]:
-    """Start `python -m server` of this checkout, or of another at `root`, and wait until it says that it serves; end it
+def running(command: list[str], root: Path, ready: str) -> Iterator[tuple[subprocess.Popen[str], re.Match[str], list[str]]]:
+    """Start a process and wait until its log has a line like `ready`: the process, that line, and its log as it grows; end it
     afterwards, whatever happened."""
-    command = [sys.executable, "-m", "server", "--models", str(models), "--port", "0", "--metrics-port", "0", "--workers", "2", *flags]
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     log: list[str] = []
     found = None
     for line in process.stderr:
         log.append(line)
-        if found := re.search(r"serving \d+ models on \S+:(\d+) \(metrics (\S+)\)", line):
+        if found := re.search(ready, line):
             break
     if found is None:
         process.stderr.close()
         process.wait()
-        raise AssertionError(f"the server did not start: {''.join(log)}")
+        raise AssertionError(f"{' '.join(command[1:3])} did not start: {''.join(log)}")
     reader = threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True)
     reader.start()
-    served = Served(process, int(found[1]), int(found[2]), log)
     try:
-        yield served
+        yield process, found, log
     finally:
-        served.channel.close()
         if process.poll() is None:
             process.kill()
         process.wait()
         reader.join()
         process.stderr.close()
+
+
+@contextmanager
+def serve(models: Path, *flags: str, root: Path = ROOT) -> Iterator[Served]:
+    """`python -m server` of this checkout, or of another at `root`, once it serves."""
+    command = [sys.executable, "-m", "server", "--models", str(models), "--port", "0", "--metrics-port", "0", "--workers", "2", *flags]
+    with running(command, root, r"serving \d+ models on \S+:(\d+) \(metrics (\S+)\)") as (process, found, log):
+        served = Served(process, int(found[1]), int(found[2]), log)
+        try:
+            yield served
+        finally:
+            served.channel.close()
 
 
 class Web:
@@ -97,30 +106,10 @@ class Web:
 
 @contextmanager
 def web(target: str, *flags: str) -> Iterator[Web]:
-    """Start `python -m web` before the server at `target` and wait until it listens; end it afterwards, whatever happened."""
+    """`python -m web` before the server at `target`, once it listens."""
     command = [sys.executable, "-m", "web", "--target", target, "--port", "0", *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    log: list[str] = []
-    found = None
-    for line in process.stderr:
-        log.append(line)
-        if found := re.search(r"serving \S+ on https?://\S+:(\d+)", line):
-            break
-    if found is None:
-        process.stderr.close()
-        process.wait()
-        raise AssertionError(f"the web process did not start: {''.join(log)}")
-    reader = threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True)
-    reader.start()
-    try:
+    with running(command, ROOT, r"serving \S+ on https?://\S+:(\d+)") as (process, found, log):
         yield Web(process, int(found[1]), log)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        reader.join()
-        process.stderr.close()
 
 
 def reason(error: grpc.RpcError) -> tuple[grpc.StatusCode, str, dict[str, str], float | None]:

@@ -7,6 +7,8 @@ import gzip
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -567,3 +569,38 @@ def test_nonsense_of_any_kind_hurts_nobody(serve: Serve) -> None:
         wire.close()
     served.wires.clear()
     assert served.well()
+
+
+def test_a_front_without_descriptors_left_serves_whom_it_has() -> None:
+    """Connections that can't be taken wait; the front says so now and then, not all the time, goes on with its callers, and takes the
+    others when some have left."""
+    program = f"""
+import grpc, logging, resource, socket
+from server.rpc.direct_front import DirectFront
+from server.rpc.front import unary
+said = []
+logging.basicConfig(handlers=[type("Said", (logging.Handler,), {{"emit": lambda self, record: said.append(record.getMessage())}})()])
+front = DirectFront({{"/t.S/Echo": unary(lambda call, request: call.reply(request))}})
+port = front.listen("127.0.0.1:0")
+front.start()
+channel = grpc.insecure_channel(f"127.0.0.1:{{port}}")
+echo = channel.unary_unary("/t.S/Echo")
+assert echo(b"first", timeout={WAIT_S}) == b"first"
+crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+while len(front._connections) < 9:
+    assert echo(b"wait", timeout={WAIT_S}) == b"wait"
+late = [socket.socket() for _ in range(4)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(s.fileno() for s in late) + 1, hard))
+for s in late:
+    s.connect(("127.0.0.1", port))
+for _ in range(2_000):
+    assert echo(b"on", timeout={WAIT_S}) == b"on"
+assert 1 <= len(said) <= 10, said
+for s in crowd:
+    s.close()
+while len(front._connections) < 5:
+    assert echo(b"wait", timeout={WAIT_S}) == b"wait"
+front.stop({WAIT_S})
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=3 * WAIT_S, check=True)

@@ -304,7 +304,6 @@ def test_a_long_queue(library: Path, front: str) -> None:
     """Past a full round, who would wait longer than anyone may is refused with how long it takes; the others are answered."""
     with serve(library, *FRONTS[front], "--max-wait", "0.001", "--max-rows", "1", "--chunk", "1") as server:
         infer = server.method(INFER, pb.ModelInferResponse)
-        assert infer(tokens_request(np.ones((1, 190)), "heavy")).outputs  # what a step takes is known from rounds that ran
         calls = [infer.future(tokens_request(np.ones((1, 190)), "heavy")) for _ in range(20)]
         refused = [e for e in (call.exception() for call in calls) if e is not None]
         assert 0 < len(refused) < 20

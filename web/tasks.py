@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -39,18 +39,7 @@ async def translate(asked: Asked) -> Response:
     if not asked.accepts(sse.MEDIA):
         return written(bodies.translated(await asked.client.translate(*wishes, timeout=asked.timeout)))
     pieces = asked.client.translate_stream(*wishes, timeout=asked.timeout)
-
-    async def source() -> AsyncGenerator[sse.Event, None]:
-        try:
-            async for piece in pieces:
-                if piece.token is not None:
-                    yield "token", bodies.Piece(piece.text, bodies.token(piece.token))
-                elif piece.done is not None:
-                    yield "done", bodies.translated(piece.done)
-        finally:
-            await pieces.aclose()
-
-    return await sse.events(source())
+    return await _streamed(pieces, lambda p: None if p.token is None else ("token", bodies.token(p.token)), bodies.translated)
 
 
 async def generate(asked: Asked) -> Response:
@@ -59,14 +48,21 @@ async def generate(asked: Asked) -> Response:
     if not asked.accepts(sse.MEDIA):
         return written(bodies.generate_reply(await asked.client.generate(*wishes, timeout=asked.timeout)))
     pieces = asked.client.generate_stream(*wishes, timeout=asked.timeout)
+    return await _streamed(pieces, lambda p: None if p.symbol is None else ("symbol", bodies.symbol(p.symbol)), bodies.generate_reply)
+
+
+async def _streamed(
+    pieces: AsyncGenerator[Any, None], part: Callable[[Any], tuple[str, bodies.Token] | None], whole: Callable[[Any], Any]
+) -> Response:
+    """An answer in pieces as events: each with its token, under the name that `part` gives it, and at last the whole."""
 
     async def source() -> AsyncGenerator[sse.Event, None]:
         try:
             async for piece in pieces:
-                if piece.symbol is not None:
-                    yield "symbol", bodies.Piece(piece.text, bodies.symbol(piece.symbol))
+                if (named := part(piece)) is not None:
+                    yield named[0], bodies.Piece(piece.text, named[1])
                 elif piece.done is not None:
-                    yield "done", bodies.generate_reply(piece.done)
+                    yield "done", whole(piece.done)
         finally:
             await pieces.aclose()
 

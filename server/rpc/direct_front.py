@@ -53,6 +53,7 @@ class DirectFront:
         self._besides = besides
         self._selector = selectors.DefaultSelector()
         self._listeners: list[tuple[sockets.socket, ssl.SSLContext | None]] = []
+        self._resting: list[tuple[sockets.socket, Callable[[int], None]]] = []  # of these, while no connection can be taken
         self._connections: set[Connection] = set()
         self._writing: set[Connection] = set()  # whose socket is full
         self._dirty: deque[Connection] = deque()  # that have something to send; one object for good, since any thread adds to it
@@ -111,10 +112,17 @@ class DirectFront:
 
     def _shut(self) -> None:
         """Take no more."""
+        self._rested()
         for listener, _ in self._listeners:
             self._selector.unregister(listener)
             listener.close()
         self._listeners = []
+
+    def _rested(self) -> None:
+        """Look again for connections, where none could be taken."""
+        for listener, accept in self._resting:
+            self._selector.register(listener, selectors.EVENT_READ, accept)
+        self._resting = []
 
     def drain(self) -> None:
         with self._lock:
@@ -236,7 +244,7 @@ class DirectFront:
             if not connection.stuck:
                 events |= selectors.EVENT_READ
             self._selector.modify(connection.socket.socket, events, self._carrier(connection))
-        elif connection.over:
+        if connection.over and not pending:
             with contextlib.suppress(OSError):
                 connection.socket.finish()  # and wait for its own end, or what we said last could be lost
 
@@ -252,8 +260,10 @@ class DirectFront:
                 except BlockingIOError:
                     return
                 except OSError as e:
-                    if e.errno in _FULL:
-                        logger.error("a connection could not be taken: %s", e)
+                    if e.errno in _FULL:  # it stays ready to be taken: to be told so again and again would take the whole thread
+                        logger.error("no connection can be taken for a second: %s", e)
+                        self._selector.unregister(listener)
+                        self._resting.append((listener, accept))
                         return
                     continue  # it has gone again
                 self._take(socket, where, context)
@@ -304,6 +314,7 @@ class DirectFront:
         """Who has fallen silent, whose time is up; and what a drain has come to."""
         if self.draining and self._listeners:
             self._shut()
+        self._rested()
         late = now >= self._soonest
         soonest = _NO_DEADLINE
         for c in list(self._connections):
@@ -315,7 +326,7 @@ class DirectFront:
                         else:
                             soonest = min(soonest, call.deadline)
             if c.over:
-                if now - c.heard > LINGER_S and now - c.born > LINGER_S:
+                if now - c.over > LINGER_S:
                     self._lost(c)
             elif not c.greeted:
                 if self.draining or now - c.born > GREETING_S:

@@ -12,12 +12,13 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 
 from server.rpc import h2_frames as h2
-from server.rpc.front import BAD_TRAILING, HANDLER_FAILED, NO_REQUEST, Kind, Metadata, Receiver, metadata_fault
+from server.rpc.ending import Ending
+from server.rpc.front import NO_REQUEST, Kind, Metadata, Receiver
 from server.rpc.h2_headers import Asked, failed
 
 if TYPE_CHECKING:
@@ -29,40 +30,35 @@ STREAM_WINDOW = 1 << 20  # bytes of one call's messages that may be under way to
 BACKLOG = 256 << 10  # bytes of one connection that may wait for its socket before its calls' replies wait in the calls
 
 _LENGTH = struct.Struct(">BL")  # gRPC's five bytes before a message: compressed or not, its length
-_ANSWER = struct.Struct(">HBBBL")
 _INFLATE = {"gzip": 31, "deflate": 15}
-_End = tuple[int, str, Metadata]
 
 
-class Call:
-    """What calls of every kind share. `_over`: the handler has ended it, or can't any more; `_gone`: it was over before that.
-
-    Its lock is the connection's."""
+class Call(Ending):
+    """What calls of every kind share. Its way is the connection."""
 
     __slots__ = (
-        "__weakref__", "_asked", "_callbacks", "_connection", "_gone", "_over", "_partial", "_queue", "_queued", "_sent", "_start",
-        "_status", "begun", "blocked", "deadline", "ended", "method", "received", "stream", "window",
+        "__weakref__", "_asked", "_asked_for", "_connection", "_partial", "_queue", "_queued", "_sent", "_start", "_status", "begun",
+        "blocked", "deadline", "ended", "received", "stream", "window",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, stream: int, method: str, start: Callable[..., Receiver | None], asked: Asked) -> None:
+        super().__init__(connection, method)
         self._connection = connection
         self.stream = stream
-        self.method = method
         self._start = start
         self._asked = asked
+        self._asked_for = False  # the handler has had its message
         self.deadline = None if asked.timeout is None else time.monotonic() + asked.timeout
         self.window = connection.first_window  # bytes that the caller takes of this call
         self.received = 0  # bytes since the caller was last told that it may send more
         self.ended = False  # by the caller: it sends no more
         self.begun = False  # headers were written
         self.blocked = False  # waits in the connection for room
-        self._over = self._gone = False
-        self._callbacks: tuple[Callable[[], None], ...] = ()
         self._partial: bytearray | None = None  # what came of a message that is not whole
         self._queue: deque[bytes] | None = None  # messages, framed, that wait for room
         self._sent = 0  # bytes of the first of them
         self._queued = 0  # bytes in the queue
-        self._status: _End | None = None  # to be sent after the queue
+        self._status: tuple[int, str, Metadata] | None = None  # to be sent after the queue
 
     @property
     def metadata(self) -> Metadata:
@@ -81,81 +77,21 @@ class Call:
     def waiting(self) -> int:
         return len(self._queue) if self._queue else 0
 
-    def on_gone(self, callback: Callable[[], None]) -> None:
-        with self._connection.lock:
-            if not self._over:
-                self._callbacks += (callback,)
-                return
-        if self._gone:
-            callback()
-
-    def fail(self, status: grpc.StatusCode, message: str, trailing: Metadata = ()) -> None:
-        if status is grpc.StatusCode.OK:
-            raise ValueError("a call that fails needs a status other than OK")
-        self._end((status.value[0], message, trailing))
-
-    def _end(self, status: _End) -> None:
-        """End after everything replied so far, unless it is over."""
-        if status[2] and (fault := metadata_fault(status[2])):
-            logger.error("%s: %s", self.method, fault)
-            status = (grpc.StatusCode.INTERNAL.value[0], BAD_TRAILING, ())
-        connection = self._connection
-        with connection.lock:
-            if self._over:
-                return
-            self._over = True
-            self._callbacks = ()
-            self._status = status
-            self._write()
-        connection.touch()
-
-    def abort(self, status: grpc.StatusCode, message: str) -> None:
-        """The front ends the call: the caller gets the status, the handler hears that it has gone. On the front's thread."""
-        connection = self._connection
-        with connection.lock:
-            if self._over:
-                return
-            self._over = self._gone = True
-            self._queue = None
-            self._status = (status.value[0], message, ())
-            self.pump()
-        connection.touch()
-        self._tell_gone()
-
-    def gone(self) -> None:
-        """The caller has left, or its connection. On the front's thread; the connection has let go of the call already."""
-        with self._connection.lock:
-            self._gone = not self._over
-            self._over = True
-            self._queue = self._status = None
-        self._tell_gone()
-
-    def _tell_gone(self) -> None:
-        callbacks, self._callbacks = self._callbacks, ()
-        if self._gone:
-            for callback in callbacks:
-                self._run(callback)
-
-    def _run(self, handler: Callable[..., Any], *arguments: object) -> Any:
-        """Run a piece of the handler, and answer for it if it raises."""
-        try:
-            return handler(*arguments)
-        except BaseException:  # even SystemExit must not end the front's thread
-            logger.exception("the handler of %s failed", self.method)
-            self.fail(grpc.StatusCode.INTERNAL, HANDLER_FAILED)
-
     # ---- What comes in, on the front's thread ----
 
     def begin(self) -> None:
         """The headers have come."""
 
     def message(self, message: bytes) -> None:
-        """One whole message."""
-        raise NotImplementedError
+        """One whole message: the one that the handler begins with, unless it takes more."""
+        if not self._asked_for:
+            self._asked_for = True
+            self._run(self._start, self, message)
 
     def end(self) -> None:
         """The caller has sent its last message."""
-        raise NotImplementedError
+        if not self._asked_for:
+            self.fail(grpc.StatusCode.UNIMPLEMENTED, NO_REQUEST)
 
     def data(self, payload: bytes) -> None:
         """A piece of the caller's messages, cut anywhere."""
@@ -211,9 +147,32 @@ class Call:
 
     # ---- What goes out, under the connection's lock ----
 
+    def _room(self, n: int) -> bool:
+        """Whether so many bytes can be written now, in one frame."""
+        connection = self._connection
+        return (
+            n <= connection.window and n <= self.window and n <= connection.longest and connection.size < BACKLOG and not connection.blocked
+        )
+
+    def _put(self, message: bytes) -> None:
+        """Have a message wait for room."""
+        if self._queue is None:
+            self._queue = deque()
+        self._queue.append(_LENGTH.pack(0, len(message)) + message)
+        self._queued += len(message) + 5
+
+    def _finish(self, status: int, text: str, trailing: Metadata, message: bytes | None) -> None:
+        if message is not None:
+            self._put(message)
+        self._status = (status, text, trailing)
+        self._write()
+
+    def _drop(self) -> None:
+        self._queue = self._status = None
+
     def _write(self) -> None:
-        """Write what there is room for; the rest waits in the connection's line."""
-        if not self.blocked and not self.pump():
+        """Write what there is room for; the rest waits in the connection's line. A status alone needs no room."""
+        if (not self.blocked or not self._queue) and not self.pump():
             self.blocked = True
             self._connection.blocked.append(self)
 
@@ -268,56 +227,27 @@ class Call:
 class UnaryCall(Call):
     """A call with one message in and one answer."""
 
-    __slots__ = ("_asked_for",)
-
-    def __init__(self, connection: Connection, stream: int, method: str, start: Callable[..., Receiver | None], asked: Asked) -> None:
-        super().__init__(connection, stream, method, start, asked)
-        self._asked_for = False
-
-    def message(self, message: bytes) -> None:
-        if not self._asked_for:
-            self._asked_for = True
-            try:
-                self._start(self, message)
-            except BaseException:  # as `_run`, which would cost a call more
-                logger.exception("the handler of %s failed", self.method)
-                self.fail(grpc.StatusCode.INTERNAL, HANDLER_FAILED)
-
-    def end(self) -> None:
-        if not self._asked_for:
-            self.fail(grpc.StatusCode.UNIMPLEMENTED, NO_REQUEST)
+    __slots__ = ()
 
     def reply(self, message: bytes, trailing: Metadata = ()) -> None:
         if not isinstance(message, bytes):
             raise TypeError(f"{self.method} replied with {type(message).__name__}; messages are bytes")
-        connection = self._connection
+        connection, writer = self._connection, self._connection.writer
         n = len(message) + 5
-        if trailing and metadata_fault(trailing):
-            self._end((0, "", trailing))  # which says so
-            return
         with connection.lock:
             if self._over:
                 return
-            self._over = True
-            self._callbacks = ()
-            writer = connection.writer
-            if (
-                n <= connection.window
-                and n <= self.window
-                and n <= connection.longest
-                and writer.settled
-                and self.ended
-                and not trailing
-                and connection.size < BACKLOG
-                and not connection.blocked
-            ):  # what nearly every answer is: three frames at once
+            quick = self.ended and not trailing and writer.settled and self._room(n)
+            if quick:  # what nearly every answer is: three frames at once
+                self._over = True
+                self._callbacks = ()
                 connection.window -= n
                 stream = self.stream
                 connection.write(
                     b"".join(
                         (
                             h2.frame(h2.HEADERS, h2.END_HEADERS, stream, writer.begun),
-                            _ANSWER.pack(n >> 8, n & 255, h2.DATA, 0, stream),
+                            h2.HEAD.pack(n >> 8, n & 255, h2.DATA, 0, stream),
                             _LENGTH.pack(0, n - 5),
                             message,
                             h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, stream, writer.ended),
@@ -325,11 +255,10 @@ class UnaryCall(Call):
                     )
                 )
                 connection.forget(self)
-            else:
-                self._queue = deque((_LENGTH.pack(0, n - 5) + message,))
-                self._status = (0, "", trailing)
-                self._write()
-        connection.touch()
+        if quick:
+            connection.touch()
+        else:
+            self._end(grpc.StatusCode.OK, "", trailing, message)
 
     def finish(self, trailing: Metadata = ()) -> None:
         raise TypeError(f"{self.method} has one answer: end it with reply() or fail()")
@@ -338,20 +267,7 @@ class UnaryCall(Call):
 class StreamCall(Call):
     """A call with one message in and any number of replies."""
 
-    __slots__ = ("_asked_for",)
-
-    def __init__(self, connection: Connection, stream: int, method: str, start: Callable[..., Receiver | None], asked: Asked) -> None:
-        super().__init__(connection, stream, method, start, asked)
-        self._asked_for = False
-
-    def message(self, message: bytes) -> None:
-        if not self._asked_for:
-            self._asked_for = True
-            self._run(self._start, self, message)
-
-    def end(self) -> None:
-        if not self._asked_for:
-            self.fail(grpc.StatusCode.UNIMPLEMENTED, NO_REQUEST)
+    __slots__ = ()
 
     def reply(self, message: bytes, trailing: Metadata = ()) -> None:
         if trailing:
@@ -363,28 +279,17 @@ class StreamCall(Call):
         with connection.lock:
             if self._over:
                 return
-            if (
-                self.begun
-                and not self._queue
-                and n <= connection.window
-                and n <= self.window
-                and n <= connection.longest
-                and connection.size < BACKLOG
-                and not connection.blocked
-            ):
+            if self.begun and not self._queue and self._room(n):
                 connection.window -= n
                 self.window -= n
-                connection.write(_ANSWER.pack(n >> 8, n & 255, h2.DATA, 0, self.stream) + _LENGTH.pack(0, n - 5) + message)
+                connection.write(h2.HEAD.pack(n >> 8, n & 255, h2.DATA, 0, self.stream) + _LENGTH.pack(0, n - 5) + message)
             else:
-                if self._queue is None:
-                    self._queue = deque()
-                self._queue.append(_LENGTH.pack(0, n - 5) + message)
-                self._queued += n
+                self._put(message)
                 self._write()
         connection.touch()
 
     def finish(self, trailing: Metadata = ()) -> None:
-        self._end((0, "", trailing))
+        self._end(grpc.StatusCode.OK, "", trailing)
 
 
 class OpenCall(StreamCall):

@@ -71,7 +71,7 @@ class Connection:
         self.size = 0  # bytes in `out` and in the socket's hands
         self.writer = Writer()
         self.dirty = False  # the front knows that there is something to send
-        self.over = False  # nothing is read any more; what is to be sent is sent
+        self.over = 0.0  # since when nothing is read any more; what is to be sent is sent
         self.born = self.heard = time.monotonic()
         self.pinged = 0.0  # when it was asked whether it lives; 0 when it answered
         self.drained = 0.0  # when it was told that we drain
@@ -175,7 +175,7 @@ class Connection:
         """Read no more; calls are gone; the caller is told why."""
         if self.over:
             return
-        self.over = True
+        self.over = time.monotonic()
         with self.lock:
             self.write(h2.goaway(self._last, code, why))
         self.lose()
@@ -183,7 +183,7 @@ class Connection:
 
     def lose(self) -> None:
         """The calls' caller has gone."""
-        self.over = True
+        self.over = self.over or time.monotonic()
         with self.lock:
             calls = list(self.calls.values())
             self.calls.clear()
@@ -223,7 +223,7 @@ class Connection:
         n = min(len(data), len(h2.PREFACE))
         if data[:n] != h2.PREFACE[:n]:
             if b"HTTP/1" in data[:1024]:
-                self.over = True
+                self.over = time.monotonic()
                 with self.lock:
                     self._out.clear()  # it could not read our greeting
                     self.write(_HTTP1)

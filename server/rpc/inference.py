@@ -125,7 +125,11 @@ class Inference:
 
     def _learn(self, request: pb.ModelInferRequest, given: Parameters, fields: Cut) -> None:
         """A request of a new form, or of a new sequence: what is asked again is read by `_usual` from now on."""
-        form, _, sequence, _ = fields
+        form, _, sequence, raw = fields
+        if sequence and given.sequence:
+            self._forms.learn_sequence(sequence, given.sequence)
+        if self._forms.find(form, raw) is not None:
+            return
         model = self._catalog.find(request.model_name, request.model_version)
         face = self._face(model)
         packed = _packed(face, request)
@@ -136,8 +140,6 @@ class Inference:
         if places or any(t not in face.own for t in wanted):
             return
         self._forms.learn(form, Usual(request, model, face, replace(given, sequence=""), wanted, packed[1]))
-        if sequence and given.sequence:
-            self._forms.learn_sequence(sequence, given.sequence)
 
     def _usual(
         self, usual: Usual, form: tuple[bytes, ...], id: bytes, sequence: bytes, raw: list[bytes], answer: Asked, pieces: Pieces | None

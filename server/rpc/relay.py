@@ -19,7 +19,6 @@ A lane's frame is a head (kind, call, length) and a payload:
 
 from __future__ import annotations
 
-import logging
 import marshal
 import socket as sockets
 import struct
@@ -31,19 +30,9 @@ from typing import Any, Final, Protocol
 
 import grpc
 
-from server.rpc.front import (
-    BAD_TRAILING,
-    DRAINING,
-    HANDLER_FAILED,
-    Metadata,
-    Method,
-    Options,
-    Receiver,
-    metadata_fault,
-)
+from server.rpc.ending import Ending
+from server.rpc.front import DRAINING, Metadata, Method, Options, Receiver
 from server.rpc.h2_socket import Socket
-
-logger = logging.getLogger(__name__)
 
 CALLER, BEGIN, MESSAGE, END, GONE, TAKEN = range(1, 7)
 REPLY, ANSWER, FINISH, HOLD, RESUME, DRAIN = range(7, 13)
@@ -90,23 +79,20 @@ class Reader:
         return found
 
 
-class Relayed:
-    """One call that a carrier carries. Satisfies front.Call; see h2_calls.py for what the fields mean."""
+class Relayed(Ending):
+    """One call that a carrier carries. Satisfies front.Call. Its way is the lane."""
 
     __slots__ = (
-        "__weakref__", "_callbacks", "_gone", "_inbox", "_lane", "_over", "_receiver", "_sent", "_sizes", "_waiting_bytes", "caller",
-        "deadline", "ended", "held", "kind", "method", "number",
+        "__weakref__", "_inbox", "_lane", "_receiver", "_sizes", "_waiting_bytes", "caller", "deadline", "ended", "held", "kind", "number",
     )  # fmt: skip
 
     def __init__(self, lane: Lane, number: int, kind: str, method: str, caller: Caller, deadline: float | None) -> None:
+        super().__init__(lane, method)
         self._lane = lane
         self.number = number
         self.kind = kind
-        self.method = method
         self.caller = caller
         self.deadline = deadline
-        self._over = self._gone = False
-        self._callbacks: tuple[Callable[[], None], ...] = ()
         self._receiver: Receiver | None = None
         self._sizes: deque[int] = deque()  # of replies that the carrier has not passed on yet
         self._waiting_bytes = 0
@@ -150,72 +136,18 @@ class Relayed:
     def finish(self, trailing: Metadata = ()) -> None:
         if self.kind == "unary":
             raise TypeError(f"{self.method} has one answer: end it with reply() or fail()")
-        self._end(grpc.StatusCode.OK, "", trailing, None)
+        self._end(grpc.StatusCode.OK, "", trailing)
 
-    def fail(self, status: grpc.StatusCode, message: str, trailing: Metadata = ()) -> None:
-        if status is grpc.StatusCode.OK:
-            raise ValueError("a call that fails needs a status other than OK")
-        self._end(status, message, trailing, None)
+    def _finish(self, status: int, text: str, trailing: Metadata, message: bytes | None) -> None:
+        if message is not None and not trailing:
+            self._lane.write(frame(ANSWER, self.number, message))
+        else:
+            self._lane.write(frame(FINISH, self.number, marshal.dumps((status, text, tuple(trailing), message))))
+        self._drop()
 
-    def on_gone(self, callback: Callable[[], None]) -> None:
-        with self._lane.lock:
-            if not self._over:
-                self._callbacks += (callback,)
-                return
-        if self._gone:
-            callback()
-
-    def abort(self, status: grpc.StatusCode, message: str) -> None:
-        """The front ends the call: the caller gets the status, the handler hears that it has gone."""
-        lane = self._lane
-        with lane.lock:
-            if self._over:
-                return
-            self._gone = self._over = True
-            lane.write(frame(FINISH, self.number, marshal.dumps((status.value[0], message, (), None))))
-            lane.calls.pop(self.number, None)
-        lane.touch()
-        self._tell_gone()
-
-    def gone(self) -> None:
-        """The caller has left, or its carrier."""
-        with self._lane.lock:
-            self._gone = not self._over
-            self._over = True
-            self._lane.calls.pop(self.number, None)
-        self._tell_gone()
-        self._receiver = None
-
-    def _tell_gone(self) -> None:
-        callbacks, self._callbacks = self._callbacks, ()
-        if self._gone:
-            for callback in callbacks:
-                self._run(callback)
-
-    def _end(self, status: grpc.StatusCode, text: str, trailing: Metadata, message: bytes | None) -> None:
-        if trailing and (fault := metadata_fault(trailing)):
-            logger.error("%s: %s", self.method, fault)
-            status, text, trailing, message = grpc.StatusCode.INTERNAL, BAD_TRAILING, (), None
-        lane = self._lane
-        with lane.lock:
-            if self._over:
-                return
-            self._over = True
-            self._callbacks = ()
-            if message is not None and not trailing:
-                lane.write(frame(ANSWER, self.number, message))
-            else:
-                lane.write(frame(FINISH, self.number, marshal.dumps((status.value[0], text, tuple(trailing), message))))
-            lane.calls.pop(self.number, None)
-        lane.touch()
-        self._receiver = None
-
-    def _run(self, handler: Callable[..., Any], *arguments: object) -> Any:
-        try:
-            return handler(*arguments)
-        except BaseException:  # even SystemExit must not end the front's thread
-            logger.exception("the handler of %s failed", self.method)
-            self.fail(grpc.StatusCode.INTERNAL, HANDLER_FAILED)
+    def _drop(self) -> None:
+        self._lane.calls.pop(self.number, None)
+        self._receiver = None  # it knows its call: leave no ring for the garbage collector
 
     # ---- What comes in, on the front's thread ----
 
@@ -276,9 +208,9 @@ class Home(Protocol):
 class Lane:
     """The server's end of one carrier's lane. What h2_connection.Connection is to callers, in what the front's loop asks of it."""
 
-    stuck = over = False
+    stuck = False
     greeted = settled = True
-    pinged = drained = 0.0
+    over = pinged = drained = 0.0
 
     def __init__(self, socket: sockets.socket, table: list[tuple[str, Method]], home: Home) -> None:
         self.socket = Socket(socket)

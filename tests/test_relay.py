@@ -17,7 +17,7 @@ from server.rpc.front import Call, Options, unary
 from server.rpc.relay_front import RelayFront
 from tests import models
 from tests.process import serve
-from tests.test_front import WAIT_S, Latch
+from tests.test_front import CUT, WAIT_S, Latch
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2**32 - 1), st.binary(max_size=40)), max_size=8), st.data())
@@ -49,6 +49,7 @@ def test_a_carrier_that_dies_is_replaced_and_its_calls_are_gone() -> None:
             process.kill()
             assert {call.code() for call in held} == {grpc.StatusCode.UNAVAILABLE}
             assert gone.wait()
+        with grpc.insecure_channel(f"127.0.0.1:{port}", [CUT]) as channel:  # a connection that was not the dead one's
             assert channel.unary_unary("/t.S/Echo")(b"again", timeout=WAIT_S, wait_for_ready=True) == b"again"
         assert front.live == 0
     finally:

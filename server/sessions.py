@@ -87,7 +87,8 @@ class Session:
     """A session in memory: what is kept of it, and the turns under way. Id, model and ttl never change."""
 
     __slots__ = (
-        "acknowledged", "expires", "fingerprint", "id", "line", "model", "replies", "state", "telling", "ttl", "turn", "version",
+        "acknowledged", "expires", "fingerprint", "id", "line", "model", "repeated", "replies", "state", "telling", "ttl", "turn",
+        "version",
     )  # fmt: skip
 
     def __init__(self, kept: Kept, expires: float) -> None:
@@ -103,6 +104,7 @@ class Session:
         self.expires = expires
         self.line: deque[Pending] = deque()  # begun, not yet applied; the first is running
         self.telling = False  # applied turns are being told of: who comes now waits, or its reply could overtake theirs
+        self.repeated: tuple[tuple[Any, bytes], ...] = ()  # who sent one of these turns again meanwhile, and its reply
 
     @property
     def next(self) -> int:
@@ -200,6 +202,9 @@ class Sessions:
                 raise self._refuse(Conflict, "ACKNOWLEDGED", message, session)
             reply = _same(session.replies[turn - session.acknowledged - 1], digest, session).reply
             self.turns_replayed += 1
+            if session.telling:
+                session.repeated += ((work, reply),)
+                return _IN_LINE
             return Begun(reply=reply)
         line = session.line
         if place < len(line):
@@ -252,10 +257,12 @@ class Sessions:
         session.version = version
         session.fingerprint = fingerprint
 
-    def told(self, session: Session) -> bool:
-        """What was applied was told of. Whether turns came meanwhile, of which the first is to run."""
-        session.telling = False
-        return bool(session.line)
+    def told(self, session: Session) -> tuple[tuple[Any, bytes], ...]:
+        """What was applied was told of. Who sent a turn again meanwhile, with its reply: tell them, and call this once more.
+        Where nobody did, the first turn in line is to run, if there is one."""
+        repeated, session.repeated = session.repeated, ()
+        session.telling = bool(repeated)
+        return repeated
 
     def _about(self, s: Session, turn: int, acknowledged: int, state: Any, replies: tuple[Answered, ...]) -> Kept:
         return Kept(s.id, s.model, s.version, s.fingerprint, s.ttl, turn, acknowledged, state, replies)

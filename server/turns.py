@@ -348,8 +348,7 @@ class Turns:
         for _, done, replies in told:
             for pending, reply in zip(done, replies, strict=True):
                 self._tell((pending,), reply)
-        with self._changed:
-            following = [session for session, _, _ in told if self._sessions.told(session)]
+        following = self._told([session for session, _, _ in told])
         self._flush(pending for _, done, _ in told for pending in done)
         for r in ran:
             r.replies = ()  # the session has it; `ran` is kept for the states' sake
@@ -363,6 +362,19 @@ class Turns:
         if closed and self.shelf.keeps:
             self._stay_closed(closed)
         self.shelf.put_away()
+
+    def _told(self, sessions: Listed[Session]) -> list[Session]:
+        """All that was applied was told of: tell those as well who sent it again meanwhile. Gives the sessions that go on."""
+        following: list[Session] = []
+        while sessions:
+            with self._changed:
+                repeated = [(session, again) for session in sessions if (again := self._sessions.told(session))]
+                following += [session for session in sessions if session.line and not session.telling]
+            for work, reply in (each for _, again in repeated for each in again):
+                self._deliver(work, reply)
+                work.flush()
+            sessions = [session for session, _ in repeated]
+        return following
 
     def _stay_closed(self, closed: list[Session]) -> None:
         """Sessions that were closed while this round was stored must not come back from the store; nor may one that was opened
@@ -431,10 +443,13 @@ class Turns:
     def _tell(self, turns: Iterable[Pending], reply: bytes | ServeError) -> None:
         for pending in turns:
             for work in (pending.work, *pending.again):
-                try:
-                    work.told(reply)
-                except Exception:  # one caller's broken stream must not keep others from their replies
-                    log.exception("a reply could not be delivered")
+                self._deliver(work, reply)
+
+    def _deliver(self, work: Turn, reply: bytes | ServeError) -> None:
+        try:
+            work.told(reply)
+        except Exception:  # one caller's broken stream must not keep others from their replies
+            log.exception("a reply could not be delivered")
 
     def _flush(self, turns: Iterable[Pending]) -> None:
         for pending in turns:

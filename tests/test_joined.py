@@ -42,9 +42,12 @@ class Wire:
 
     def __init__(self, app: App) -> None:
         self.replies: list[pb.TurnReply] = []
+        self.meanwhile: list[Callable[[], object]] = []  # what comes before the next replies are away
         self.stream = _Stream(app.turns, self, Answer(Desk(app.metrics, False), self, "/Turns"))
 
     def reply(self, message: bytes, trailing: Metadata = ()) -> None:
+        while self.meanwhile:
+            self.meanwhile.pop()()
         self.replies += pb.TurnsReply.FromString(message).turns
 
     def finish(self, trailing: Metadata = ()) -> None:
@@ -267,3 +270,54 @@ def test_texts_are_texts(tmp_path: Path, together: int) -> None:
         texts = [str(100 * (reply.turn - 1)).encode(), b"7"]
         assert (said.datatype, list(said.shape)) == ("BYTES", [1, 2])
         assert said.data == b"".join(len(t).to_bytes(4, "little") + t for t in texts)
+
+
+def test_replies_leave_in_the_order_in_which_they_were_told() -> None:
+    """While a round's replies are on their way, the next turn runs in another thread, and is done first: its reply waits for them."""
+    with server("memory") as app:
+        wire, xs = Wire(app), pieces(0, 3)
+        app.shelf.open("two_layers", "", "a")
+        wire.send(request("a", 1, xs[0]))
+        wire.meanwhile = [lambda: (wire.send(request("a", 2, xs[1])), run(app))]
+        run(app)
+        assert [r.turn for r in wire.replies] == [1, 2]
+
+
+def test_a_turn_sent_again_before_it_is_told_of_is_told_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two turns were applied together; before the first is told of, the second comes again."""
+    with server("memory") as app:
+        wire, xs = Wire(app), pieces(0, 3)
+        app.shelf.open("two_layers", "", "a")
+        wire.send(*(request("a", n + 1, x) for n, x in enumerate(xs)))
+        assert app.workers.step(), "the first; the others wait, and run together"
+        tell = app.turns._tell
+
+        def told(*arguments: object) -> None:
+            monkeypatch.undo()
+            wire.send(request("a", 3, xs[2]))
+            tell(*arguments)
+
+        monkeypatch.setattr(app.turns, "_tell", told)
+        run(app)
+        assert [r.turn for r in wire.replies] == [1, 2, 3, 3]
+        assert len({r.SerializeToString() for r in wire.replies}) == 3
+
+
+def test_large_replies_told_meanwhile_leave_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits while a message is sent may be more than one message can hold."""
+    monkeypatch.setattr("server.rpc.sessions.JOINED", 100)
+    messages: list[int] = []
+    with server("memory") as app:
+        wire = Wire(app)
+        reply = pb.TurnReply(session="a" * 60).SerializeToString()
+
+        def sent(message: bytes) -> None:
+            messages.append(len(pb.TurnsReply.FromString(message).turns))
+            if len(messages) == 1:
+                for _ in range(5):
+                    wire.stream.tell(reply)
+
+        monkeypatch.setattr(wire, "reply", sent)
+        wire.stream.tell(reply)
+        wire.stream.flush()
+    assert messages == [1, 2, 2, 1]

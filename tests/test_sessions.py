@@ -55,7 +55,7 @@ class Told:
         kept = self.sessions.applied(session, replies, state)
         done = self.sessions.commit(session, replies, state, self.now)
         assert session.kept == kept, "what was stored is what was applied"
-        assert self.sessions.told(session) == bool(session.line)
+        assert not self.sessions.told(session)
         return "\n".join(f"{id}@{p.turn} => {r.decode()}" + ", twice" * bool(p.again) for p, r in zip(done, replies, strict=True))
 
     def failed(self, id: str) -> str:
@@ -167,7 +167,12 @@ class AgainstTheModel(RuleBasedStateMachine):
         kept = self.sessions.applied(session, replies, state)
         self.sessions.commit(session, replies, state, self.now)
         assert session.kept == kept, "what was stored is what was applied"
-        assert self.sessions.told(session) == bool(session.line)
+        last, again = session.turn, f"again {session.turn}"
+        assert self.sessions.begin(session, last, works[-1].encode(), again, 0, self.now) == Begun(), "told when the first is"
+        assert self.sessions.told(session) == ((again, self._reply(id, last)),)
+        assert session.telling, "it is to be told first"
+        assert not self.sessions.told(session)
+        assert not session.telling
 
     @rule(id=ids)
     def failed(self, id: str) -> None:

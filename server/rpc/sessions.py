@@ -148,6 +148,7 @@ class _Stream(Receiver):
         self._due = 0  # turns taken and not yet answered; the front's thread counts up, workers count down
         self._lock = threading.Lock()
         self._ended = False
+        self._sending = False  # a thread is about it
         self._replies: list[bytes] = []  # to be sent: each a TurnReply, and what stands before it
         self._size = 0
         self._refused: dict[str, int] = {}  # by session, a turn of this stream that was refused
@@ -184,17 +185,40 @@ class _Stream(Receiver):
             self.flush()
 
     def flush(self) -> None:
+        """Send what was told, unless another thread is about it, which then sends this too: in the order in which it was told."""
         if not self._replies:
             return
         with self._lock:
-            replies, self._replies = self._replies, []
-            self._size = 0
-            self._due -= len(replies) // 2
-            over = self._ended and self._due == 0
-        if replies:
-            self._call.reply(b"".join(replies))
-        if over:
-            self._answer.done()
+            if self._sending:
+                return
+            self._sending = True
+        try:
+            while replies := self._next():
+                self._call.reply(b"".join(replies))
+                with self._lock:
+                    self._due -= len(replies) // 2
+                    over = self._ended and self._due == 0
+                if over:
+                    self._answer.done()
+        except BaseException:
+            self._sending = False
+            raise
+
+    def _next(self) -> list[bytes]:
+        """What is to be sent as one message; where there is nothing, another thread may send from now on."""
+        with self._lock:
+            replies = self._replies
+            if self._size <= JOINED:
+                self._replies, self._size = [], 0
+            else:  # told while others were sent
+                size = count = 0
+                while size <= JOINED and count < len(replies):
+                    size += len(replies[count + 1])
+                    count += 2
+                replies, self._replies = replies[:count], replies[count:]
+                self._size -= size
+            self._sending = bool(replies)
+            return replies
 
     def _take(self, turn: pb.TurnRequest) -> None:
         work = _InStream(turn, self)

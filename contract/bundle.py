@@ -157,6 +157,7 @@ class Graph:
     outputs: tuple[Tensor, ...]
     states: tuple[State, ...] = ()
     cut: bool = True  # may be run over a part of the time axis; False: one-shot (a bidirectional encoder)
+    padded: bool = False  # one-shot, but rows of different lengths may share a run: the shorter filled up, each `lengths` its own
     shared: bool = True  # rows of several callers may share a run; False where batch-mates alter the answer
     max_time: int = 65536  # steps one caller may send for one request; without any time axis a call is one step, and this 1
     max_rows: int = 65536  # rows one caller may send; 1, and not shared, where the file's batch is fixed to 1
@@ -334,6 +335,8 @@ def _graph_faults(graph: Graph) -> Iterator[str]:
         yield f"max_rows {graph.max_rows}: must be at least 1"
     if graph.max_rows == 1 and graph.shared:
         yield "max_rows is 1, so rows of several callers can't run together: set shared to false"
+    if graph.padded:
+        yield from (f"is padded, but {fault}" for fault in _padded_faults(graph))
     if graph.states and graph.max_time > 1 and not any(t.time_axis is not None for t in graph.data):
         yield (
             "has states but no input with a time axis: name the axis that a sequence advances along 'time', or set max_time to 1 "
@@ -360,6 +363,18 @@ def _graph_faults(graph: Graph) -> Iterator[str]:
             yield f"state {s.input!r}: axes {list(s.axes)} must be numbers and 'batch' once"
         if not math.isfinite(s.initial):
             yield f"state {s.input!r}: initial must be a finite number"
+
+
+def _padded_faults(graph: Graph) -> Iterator[str]:
+    if graph.cut:
+        yield "may be cut: then nothing needs to be filled up; leave padded out"
+    if not any(t.role == "lengths" for t in graph.inputs):
+        yield "no input has the role 'lengths', which tells the model where each row ends"
+    if graph.ragged:
+        yield "has ragged inputs: padded is for rows that lie beside each other"
+    for t in graph.data:
+        if t.time_axis is not None and (t.batch_axis is None or t.dtype == "string"):
+            yield f"input {t.name!r}, which has a time axis, " + ("has no batch axis" if t.batch_axis is None else "holds texts")
 
 
 def _tensor_faults(t: Tensor) -> Iterator[str]:

@@ -25,7 +25,8 @@ from onnx import helper, numpy_helper
 
 from contract import bundle as contract
 from contract.bundle import Bundle, BundleError, Graph
-from export import place
+from export import lengths, place
+from export.lengths import CantTell
 from server import dropin
 from server.graph import OnnxFile
 
@@ -40,6 +41,11 @@ examples:
 
 Works on forward LSTM, GRU and RNN nodes that start from zeros. What can't be cut is named: a bidirectional layer, a mean,
 softmax, attention or convolution over all steps.
+
+  seqserve adapt models/tagger/1 --out models/tagger/2
+
+Given a directory of models/, a bundle or a bare ONNX file, it tells the graphs that can't be cut how long each row is, where that
+alters no bit of any answer: then sequences of different lengths share rounds, instead of those of equal length only.
 """
 
 
@@ -250,17 +256,35 @@ def _called(node: onnx.NodeProto, at: int) -> str:
     return node.name or f"{node.op_type}_{at}"
 
 
+def _tell_lengths(source: Path, out: Path, name: str) -> int:
+    try:
+        made, why = lengths.adapt(source, out, name)
+    except (CantTell, BundleError) as e:
+        faults = e.faults if isinstance(e, BundleError) else [str(e)]
+        print(f"seqserve adapt: {source}; nothing was written", *faults, sep="\n  - ", file=sys.stderr)
+        return 1
+    for graph, reason in why.items():
+        print(f"graph {graph!r} stays as it was: {reason}")
+    for graph in (key for key in made.graphs if key not in why):
+        print(f"graph {graph!r} takes rows of different lengths together: as alone, bit for bit")
+    print(f"{made.name}: {out}, {made.fingerprint[:19]}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Adapt: 0 when done, 1 where it can't be, 2 where there is no such file."""
     words = argparse.ArgumentParser(
-        prog="seqserve adapt", description="Give sessions to a plain ONNX file.", epilog=EPILOG,
+        prog="seqserve adapt", description="Give sessions to a plain ONNX file, or rounds of mixed lengths to what can't be cut.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    words.add_argument("file", type=Path, help="an ONNX file with forward LSTM, GRU or RNN nodes")
+    words.add_argument("file", type=Path, help="an ONNX file with forward LSTM, GRU or RNN nodes, or a directory of models/")
     words.add_argument("--out", type=Path, required=True, help="directory of the bundle, such as models/NAME/VERSION")
     words.add_argument("--name", help="the model's name when served (default: the directory above --out, or the file's)")
     asked = words.parse_args(argv)
     name = asked.name or (asked.out.parent.name if asked.out.name.isdecimal() else asked.file.stem)
+    if asked.file.is_dir():
+        return _tell_lengths(asked.file, asked.out, name)
     try:
         made = adapt(asked.file, asked.out, name)
     except FileNotFoundError as e:

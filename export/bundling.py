@@ -15,7 +15,7 @@ from typing import Any
 
 from contract import bundle as bundles
 from contract.bundle import Bundle, BundleError, Graph
-from export import card, convert, place, to_onnx, verify
+from export import card, convert, lengths, place, to_onnx, verify
 from server.graph import OnnxGraph
 from training import checkpoint, curves, tasks
 
@@ -40,10 +40,14 @@ def export(run: Path, out: Path, name: str | None = None, scores: Path | None = 
         for graph_name, described in task.describe(model).items():
             file = made / described.file
             to_onnx.write(described, parts[graph_name], file)
+            told = lengths.offer(described, file)
+            described = told.graph
             proof = verify.verify(graph_name, described, parts[graph_name], OnnxGraph(described, file))
             for note in proof.notes[:3]:
                 print(f"warning: {graph_name}: {note}", file=sys.stderr)
             graphs[graph_name], proofs[graph_name] = verify.settled(described, proof), proof.plain()
+            if described.padded:
+                proofs[graph_name] = {**proofs[graph_name], "padded_is_alone": True}
         if precision != "float32":
             changed = convert.change_all(graphs, made, made, precision)
             for remark in changed.remarks:
@@ -90,6 +94,8 @@ def _card_before(out: Path, made: Bundle) -> str:
 def verdict(proof: Mapping[str, Any]) -> str:
     """The bit-for-bit findings of a graph in words."""
     batched = "batched = alone bit for bit" if proof["batched_is_alone"] else "batched differs from alone: never shared among callers"
+    if proof.get("padded_is_alone"):
+        batched += ", rows of different lengths too"
     if "cut_is_whole" not in proof:
         return batched
     return batched + (", cut = whole bit for bit" if proof["cut_is_whole"] else ", cut = whole but for the last bits")

@@ -99,6 +99,13 @@ def with_section(text: str, heading: str, body: str) -> str:
     return text.replace("\n## Data and licence\n", f"\n## {heading}\n\n{body}\n\n## Data and licence\n", 1)
 
 
+def with_graphs(text: str, bundle: Bundle) -> str:
+    """The card with the table of the graphs as they are now."""
+    there = section(text, "Graphs")
+    table = "\n".join(line for line in there.splitlines() if line.startswith("|"))
+    return text.replace(table, _graphs(bundle)[0]) if table else text
+
+
 def _rows(scores: Scores) -> list[str]:
     return [f"| {r['data']} | {r['metric']} | {_number(r['value'])} | {_floor(r.get('low'), r.get('high'))} |" for r in scores.rows]
 
@@ -124,7 +131,8 @@ def _graphs(bundle: Bundle) -> list[str]:
         lines.append(
             f"| `{name}` | {_tensors((t.name, t.axes) for t in graph.inputs)} | {_tensors((t.name, t.axes) for t in graph.outputs)}"
             f" | {_tensors((s.input, s.axes) for s in graph.states)} | {proof.get('largest_error', 0):.1e}"
-            f" | {yes[proof.get('batched_is_alone')]} | {yes[proof.get('cut_is_whole')]} |"
+            f" | {yes[proof.get('batched_is_alone')]}{', of different lengths too' if proof.get('padded_is_alone') else ''}"
+            f" | {yes[proof.get('cut_is_whole')]} |"
         )
     whom = "PyTorch" if bundle.precision == "float32" else "the float32 graph"
     return ["\n".join(lines), f"Errors are against {whom}, found by running the server's own graph runner."]

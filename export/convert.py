@@ -118,7 +118,11 @@ def change(name: str, graph: Graph, before: Path, after: Path, wanted: str) -> t
         found["as_rounded"] = _as_rounded(graph, source, restored, runner)
         if not found["as_rounded"]:
             raise CantConvert(f"graph {name!r}: it does not answer as the float32 graph with the same weights; please report this")
-    return verify.settled(graph, proof), found, proof.notes
+    settled = verify.settled(graph, proof)
+    if settled.padded:
+        found["padded_is_alone"] = verify.padded_is_alone(graph, runner, graph, runner)
+        settled = replace(settled, padded=found["padded_is_alone"])
+    return settled, found, proof.notes
 
 
 def convert(source: Path, out: Path, wanted: str, name: str | None = None) -> tuple[Bundle, list[str]]:

@@ -148,6 +148,32 @@ def identical(graph: Graph, one: OnnxGraph, other: OnnxGraph, seed: int = 0) -> 
     return all(_same(case.together, _run(graph, other, case.rows, case.time)) for case in _cases(Proof(""), graph, one, seed))
 
 
+def padded_is_alone(padded: Graph, runner: OnnxGraph, graph: Graph, alone: OnnxGraph, seed: int = 0) -> bool:
+    """Whether rows of different lengths, the shorter filled up with anything, answer bit for bit as `alone` does each of them."""
+    random = np.random.default_rng(seed)
+    most = min(max(TIMES), graph.max_time)
+    for count in (*ROWS, *ROWS):
+        times = random.integers(1, most, count, endpoint=True).tolist()
+        longest = max(times)
+        named = draw.sizes(graph, count, longest, random)
+        rows = [draw.row(graph, draw.Sizes(time, size.named), random) | draw.fresh(graph) for time, size in zip(times, named, strict=True)]
+        draw.constants_alike(graph, rows)
+        filled = [{**draw.row(graph, size, random), **row} for size, row in zip(named, rows, strict=True)]
+        for long, row, size in zip(filled, rows, named, strict=True):
+            for t in graph.data:
+                if t.time_axis is not None:
+                    rest = draw.row(graph, size, random)[t.name].take(range(row[t.name].shape[t.time_axis], longest), t.time_axis)
+                    long[t.name] = np.concatenate([row[t.name], rest], t.time_axis)
+        together = draw.split(padded, filled, runner.run(draw.stack(padded, filled, times)))
+        for got, time in zip(together, times, strict=True):
+            for t in graph.outputs:
+                if t.time_axis is not None:
+                    got[t.name] = got[t.name].take(range(time), t.time_axis)
+        if not _same(together, [_run(graph, alone, [row], time)[0] for row, time in zip(rows, times, strict=True)]):
+            return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class _Case:
     """Rows of one length that ran together and alone, and where they could be cut and the bits differed, in pieces too."""
@@ -194,7 +220,8 @@ def settled(graph: Graph, proof: Proof) -> Graph:
     """The contract with what the proof found: rows that depend on their batch-mates are not shared among callers, and what
     depends on where it is cut is not cut."""
     mates_matter = not proof.batched_is_alone if proof.mates_matter is None else proof.mates_matter
-    return replace(graph, shared=graph.shared and not mates_matter, cut=graph.cut and not proof.cut_matters)
+    shared = graph.shared and not mates_matter
+    return replace(graph, shared=shared, cut=graph.cut and not proof.cut_matters, padded=graph.padded and shared)
 
 
 def table(differences: Iterable[Difference]) -> str:
@@ -254,7 +281,7 @@ def _against_torch(
     proof: Proof, graph: Graph, module: nn.Module, rows: Sequence[Values], time: int, got: list[dict[str, Array]], case: str
 ) -> None:
     feeds = draw.stack(graph, rows, [time] * len(rows))
-    order = [t.name for t in graph.inputs] + [s.input for s in graph.states]
+    order = [t.name for t in graph.inputs if t.role != "lengths"] + [s.input for s in graph.states]  # PyTorch's rows are of one length
     with torch.no_grad():
         results = module(*(torch.from_numpy(np.ascontiguousarray(feeds[n])) for n in order))
     _near(proof, graph, got, draw.split(graph, rows, [r.numpy() for r in results]), case)

@@ -267,8 +267,8 @@ class _For:
         self._first = weakref.ref(first)
         self._watch = watch
 
-    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
-        self._watch.round(self._first() or engine, graph, tickets, rows, steps, spent)
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, row_steps: int, spent: Spent) -> None:
+        self._watch.round(self._first() or engine, graph, tickets, rows, steps, row_steps, spent)
 
     def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
         self._watch.told(self._first() or engine, rows, sequences, seconds)

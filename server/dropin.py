@@ -201,6 +201,13 @@ def _settled(onnx: OnnxFile, graph: Graph) -> tuple[Graph, list[str]]:
     if graph.shared and (differ := batch_differs(onnx, graph)):
         graph = replace(graph, shared=False)
         remarks.append(f"{', '.join(map(repr, differ))} of a row depend on the rows beside it: callers never run together")
+    padded = replace(graph, padded=True)
+    if graph.shared and not contract.validate(Bundle(GRAPH, {GRAPH: padded}, GRAPH)):  # it can't be cut, and takes lengths
+        if differ := padded_differs(onnx, graph):
+            remarks.append(f"{', '.join(map(repr, differ))} of a row depend on what it is filled up with: only equal lengths run together")
+        else:
+            graph = padded
+            remarks.append("it is told how long each row is: sequences of different lengths run together")
     return graph, remarks
 
 
@@ -231,6 +238,26 @@ def batch_differs(onnx: OnnxFile, graph: Graph, seed: int = 2) -> list[str]:
         mine = {t.name: _row(inputs[t.name], t.batch_axis, row) for t in graph.inputs}
         alone = onnx.run(mine | fresh(graph, 1))
         wrong.update(dict.fromkeys(n for n, axis in named if not near(_row(together[n], axis, row), alone[n])))
+    return list(wrong)
+
+
+def padded_differs(onnx: OnnxFile, graph: Graph, seed: int = 3) -> list[str]:
+    """The outputs and states of which a row differs between a run with a longer one, filled up, and one alone."""
+    random = np.random.default_rng(seed)
+    steps = (3, min(7, graph.max_time))
+    inputs = draw(graph, 2, max(steps), random)
+    given = {t.name: np.array(steps, t.numpy_dtype) if t.role == "lengths" else inputs[t.name] for t in graph.inputs}
+    together = onnx.run(given | fresh(graph, 2))
+    wrong: dict[str, None] = {}
+    for row, own in enumerate(steps):
+        mine = {t.name: between(t, _row(inputs[t.name], t.batch_axis, row), 0, own) for t in graph.inputs}
+        alone = onnx.run(mine | fresh(graph, 1))
+        for t in graph.outputs:
+            found = _row(together[t.name], t.batch_axis, row)
+            found = found if t.time_axis is None else found.take(range(own), t.time_axis)
+            wrong.update({} if near(found, alone[t.name]) else {t.name: None})
+        states = [(s.output, _row(together[s.output], s.batch_axis, row)) for s in graph.states]
+        wrong.update({name: None for name, found in states if not near(found, alone[name])})
     return list(wrong)
 
 

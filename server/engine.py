@@ -34,8 +34,8 @@ LATELY = 0.98  # what a round counts for after each one that follows
 class Watch(Protocol):
     """What an engine reports, once a round or once a sequence; metrics.py counts it."""
 
-    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
-        """A round ran; nobody was answered yet."""
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, row_steps: int, spent: Spent) -> None:
+        """A round ran, in which so many row-steps were to be done; nobody was answered yet."""
 
     def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
         """The round of so many rows that was the last of so many sequences: to answer them took so long."""
@@ -149,7 +149,7 @@ class Engine:
         graph = self.graphs[s.graph].graph
         s.key = key(self, s)
         s.remaining = s.steps
-        s.cut, s.shared = graph.cut, graph.shared
+        s.cut, s.shared, s.padded = graph.cut, graph.shared, graph.padded
         self.rounds.admit(s, now, claim)
         s.since = now
 
@@ -191,7 +191,7 @@ class Engine:
             # One bad row fails a whole run: alone, only the culprit does.
             failed: dict[Sequence, ServeError] = {}
             for s in sequences:
-                failed.update(self.run(Round(round.key, (s,), round.steps), spent))
+                failed.update(self.run(Round(round.key, (s,), min(round.steps, s.remaining)), spent))
             return failed
         return _NOBODY
 

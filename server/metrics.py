@@ -40,7 +40,8 @@ TABLE = (
     Metric("seqserve_round_rows", Histogram, _MODEL, "Rows that a round advanced together", _COUNTS),
     Metric("seqserve_round_steps", Histogram, _MODEL, "Time steps that a round advanced its rows by", _COUNTS),
     Metric("seqserve_round_seconds", Histogram, _MODEL, "Seconds a round took: stack, run, split", _SECONDS),
-    Metric("seqserve_row_steps_total", Counter, _MODEL, "Rows times steps advanced; nothing padded, so all of it wanted"),
+    Metric("seqserve_row_steps_total", Counter, _MODEL, "Rows times steps advanced that were to be done"),
+    Metric("seqserve_padded_row_steps_total", Counter, _MODEL, "Rows times steps run beyond a row's end, where a graph can't be cut"),
     Metric("seqserve_busy_seconds_total", Counter, _MODEL, "Seconds that threads spent in rounds; over the workers, how busy engines are"),
     Metric("seqserve_workers", Gauge, (), "Threads that run rounds"),
     Metric("seqserve_sequences_total", Counter, (*_MODEL, "outcome"), "Sequences answered, failed, cancelled, expired"),
@@ -114,14 +115,15 @@ class Metrics(Collector):
             for state, count in counts:
                 self._counts["seqserve_models", state] = count
 
-    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, row_steps: int, spent: Spent) -> None:
         with self._lock:
             watched = self._of(engine)
             watched.rounds[graph] = watched.rounds.get(graph, 0) + 1
             watched.rows.add(rows)
             watched.steps.add(steps)
             watched.seconds.add(spent.seconds)
-            watched.row_steps += rows * steps
+            watched.row_steps += row_steps
+            watched.padded += rows * steps - row_steps
 
     def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
         return  # a call's own time has it
@@ -157,6 +159,7 @@ class Metrics(Collector):
                 for graph, rounds in watched.rounds.items():
                     counts["seqserve_rounds_total", *model, graph] = rounds
                 counts["seqserve_row_steps_total", *model] = watched.row_steps
+                counts["seqserve_padded_row_steps_total", *model] = watched.padded
                 counts["seqserve_busy_seconds_total", *model] = watched.seconds.sum
                 for outcome, left in watched.outcomes.items():
                     counts["seqserve_sequences_total", *model, outcome] = left
@@ -212,14 +215,14 @@ class _Spread:
 class _Watched:
     """What is counted of one version of a model."""
 
-    __slots__ = ("kind", "model", "outcomes", "queued", "rounds", "row_steps", "rows", "seconds", "steps", "task")
+    __slots__ = ("kind", "model", "outcomes", "padded", "queued", "rounds", "row_steps", "rows", "seconds", "steps", "task")
 
     def __init__(self, model: tuple[str, str], kind: str) -> None:
         self.model = model
         self.kind = kind
         self.rounds: dict[str, int] = {}
         self.outcomes: dict[str, int] = {}
-        self.row_steps = 0
+        self.row_steps = self.padded = 0
         self.rows, self.steps = _Spread(_COUNTS), _Spread(_COUNTS)
         self.seconds, self.queued, self.task = _Spread(_SECONDS), _Spread(_SECONDS), _Spread(_SECONDS)
 

@@ -6,8 +6,8 @@ thread, no gRPC, no onnxruntime. Callers hold the workers' lock.
 
 Tickets share a round only with those of the same `key`: same graph, same lengths on every axis but batch and time. A round
 advances each of its tickets by the same number of steps, one that all of them have to do, so that nothing is ever padded; a ticket
-that cannot be cut joins only its equals. In the order of shares.py, whoever is first always runs; every other round begins with
-whoever would otherwise miss a deadline.
+that cannot be cut joins only its equals, or where its graph says so others of other lengths: then each is done after its own. In
+the order of shares.py, whoever is first always runs; every other round begins with whoever would otherwise miss a deadline.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUICKER = 0.5  # of the fastest rounds of late: what a ticket needs at the very 
 
 @dataclass(frozen=True, slots=True)
 class Round(Generic[T]):
-    """Tickets that run together, each by `steps`."""
+    """Tickets that run together, each by `steps`, or by what it has to do where that is less."""
 
     key: Hashable
     tickets: tuple[T, ...]
@@ -43,6 +43,11 @@ class Round(Generic[T]):
     @property
     def rows(self) -> int:
         return sum(t.rows for t in self.tickets)
+
+    @property
+    def even(self) -> bool:
+        """Whether all of them have as many steps to do as it runs: not so only where their graph is padded."""
+        return not self.tickets[0].padded or all(t.remaining >= self.steps for t in self.tickets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +167,10 @@ class Rounds(Generic[T]):
             return None
         if workers is None:
             workers = self.limits.workers
-        most = self.limits.rows
+        most = part = self.limits.rows
         if workers > 1:
-            everyone = self.waiting_rows + self.running_rows
-            most = min(most, max(self.limits.share, -(-everyone // workers)))
+            part = min(most, -(-(self.waiting_rows + self.running_rows) // workers))
+            most = min(most, max(self.limits.share, part))
         self._look(now)
         line = self._first()
         first = line[0]
@@ -177,7 +182,7 @@ class Rounds(Generic[T]):
             line = self._waiting[late.key]
         company = line if len(line) <= LOOK * most else line[: LOOK * most]
         graph = first.graph
-        chosen, steps = choose(first, company, most, self.limits.chunk, lambda rows: self.costs.a_row(graph, rows))
+        chosen, steps = choose(first, company, most, self.limits.chunk, lambda rows: self.costs.a_row(graph, rows), part)
         rows = 0
         for ticket in chosen:
             ticket.running = True
@@ -191,34 +196,40 @@ class Rounds(Generic[T]):
         self.under_way += 1
         return Round(first.key, tuple(chosen), steps)
 
-    def done(self, round: Round[T], seconds: float) -> None:
-        """A round ran: its tickets have `steps` less to do. Call `again` or `leave` for each of them next."""
+    def done(self, round: Round[T], seconds: float) -> int:
+        """A round ran: its tickets have `steps` less to do. Call `again` or `leave` for each of them next. Gives the row-steps that
+        they had to do in it."""
         steps = round.steps
-        rows = 0
+        even = round.even
+        rows = row_steps = 0
         for ticket in round.tickets:
             rows += ticket.rows
-            ticket.remaining -= steps
+            own = ticket.rows * (steps if even else min(steps, ticket.remaining))
+            row_steps += own
+            ticket.remaining = max(0, ticket.remaining - steps)
             ticket.running = False
             if ticket.gone:  # it left while it ran: what remained of it will not be done
                 self.waiting_steps -= ticket.rows * ticket.remaining
             else:
-                ticket.account.steps -= ticket.rows * steps
+                ticket.account.steps -= own
         self.running_rows -= rows
         self.under_way -= 1
-        self.waiting_steps -= rows * steps
+        self.waiting_steps -= row_steps
         cost = seconds / (rows * steps)
         known = self._step_seconds
         self._step_seconds = known + (min(cost, OUTLIER * known) - known) * 0.1 if known else cost
         pace = seconds / steps
         self._pace = pace if pace < self._pace or not self._pace else self._pace + (pace - self._pace) * 0.02
+        return row_steps
 
     def again(self, ticket: T) -> None:
         """A ticket that ran waits for its next round, behind who has waited longer."""
         self._wait(ticket)
 
-    def turn(self, ticket: T, key: Hashable, rows: int, remaining: int, *, cut: bool, shared: bool) -> None:
+    def turn(self, ticket: T, key: Hashable, rows: int, remaining: int, *, cut: bool, shared: bool, padded: bool = False) -> None:
         """A ticket that finished its steps goes on with others: another graph, the next token. It was admitted already."""
         ticket.key, ticket.rows, ticket.remaining, ticket.cut, ticket.shared = key, rows, remaining, cut, shared
+        ticket.padded = padded
         self.waiting_steps += rows * remaining
         ticket.account.steps += rows * remaining
         self._wait(ticket)

@@ -78,7 +78,7 @@ class Sequence(Ticket):
 
     def outputs(self, graph: Graph) -> Views:
         """What all rounds of the pending steps gave."""
-        return Views(graph, self.parts, self.rows)
+        return Views(graph, self.parts, self.rows, self.steps if graph.padded else None)
 
 
 class Results:
@@ -110,12 +110,13 @@ class Views(Mapping[str, Array]):
     Views of whole rounds, made when they are asked for.
     """
 
-    __slots__ = ("_graph", "_parts", "_rows")
+    __slots__ = ("_graph", "_parts", "_rows", "_steps")
 
-    def __init__(self, graph: Graph, parts: list[Part], rows: int) -> None:
+    def __init__(self, graph: Graph, parts: list[Part], rows: int, steps: int | None = None) -> None:
         self._graph = graph
         self._parts = parts
         self._rows = rows
+        self._steps = steps  # its own, where the round may have run more
 
     def __getitem__(self, name: str) -> Array:
         place = self._graph.place[name]
@@ -133,7 +134,7 @@ class Views(Mapping[str, Array]):
     def data(self, tensor: Tensor) -> tuple[bytes, tuple[int, ...]]:
         """A numeric output's values as bytes in C order, and its shape."""
         place = self._graph.place[tensor.name]
-        if len(self._parts) == 1 and self._rows == 1 and tensor.batch_axis == 0 and not tensor.ragged:
+        if len(self._parts) == 1 and self._rows == 1 and tensor.batch_axis == 0 and not tensor.ragged and self._steps is None:
             results, row, _, _ = self._parts[0]
             return results.bytes(place, row), (1, *results.arrays[place].shape[1:])
         array = self[tensor.name]
@@ -142,6 +143,8 @@ class Views(Mapping[str, Array]):
     def _share(self, tensor: Tensor, place: int, part: Part) -> Array:
         results, row, cell, cells = part
         array = results.arrays[place]
+        if self._steps is not None and tensor.time_axis is not None and array.shape[tensor.time_axis] != self._steps:
+            array = array[(slice(None),) * tensor.time_axis + (slice(0, self._steps),)]
         if results.rows == self._rows:
             return array
         axis = tensor.batch_axis
@@ -166,23 +169,29 @@ def _where(s: Sequence) -> tuple[int, int]:
 
 
 def stack(graph: Graph, sequences: Listed[Sequence], steps: int) -> dict[str, Array]:
-    """The inputs of one round: each sequence's next `steps`, side by side; nothing padded.
+    """The inputs of one round: each sequence's next `steps`, side by side; nothing padded, but where the graph says that it may be.
 
     Raises InvalidInput where packed inputs have values that the contract forbids, of whichever sequence.
     """
     feeds: dict[str, Array] = {}
+    own = [min(steps, s.steps) for s in sequences] if graph.padded else None  # each one's steps
     if graph.packed is not None and all(type(s.inputs) is tuple for s in sequences):
         for place, tensor in enumerate(graph.inputs):
             feeds[tensor.name] = _packed(tensor, place, sequences, steps)
     else:
         for place, tensor in enumerate(graph.inputs):
             if tensor.role == "lengths":
-                feeds[tensor.name] = np.full(sum(s.rows for s in sequences), steps, tensor.numpy_dtype)
+                rows = [s.rows for s in sequences]
+                feeds[tensor.name] = (
+                    np.full(sum(rows), steps, tensor.numpy_dtype) if own is None else np.repeat(np.array(own, tensor.numpy_dtype), rows)
+                )
             elif tensor.role == "row":
                 cells = np.concatenate([_cells(s) for s in sequences])
                 feeds[tensor.name] = np.repeat(np.arange(len(cells), dtype=tensor.numpy_dtype), cells)
             else:
                 parts = [_part(tensor, place, s, steps) for s in sequences]
+                if own is not None and tensor.time_axis is not None and min(own) < steps:
+                    parts = [_filled(tensor, part, steps) for part in parts]
                 axis = tensor.batch_axis
                 feeds[tensor.name] = parts[0] if len(parts) == 1 or axis is None else np.concatenate(parts, axis)
     return feeds
@@ -236,6 +245,18 @@ def _part(tensor: Tensor, place: int, s: Sequence, steps: int) -> Array:
     if axis is None or steps == s.steps:
         return array
     return array[(slice(None),) * axis + (slice(s.done, s.done + steps),)]
+
+
+def _filled(tensor: Tensor, part: Array, steps: int) -> Array:
+    """An input with steps added at its end, of values that the contract allows: what they are is never looked at."""
+    axis = tensor.time_axis
+    assert axis is not None
+    more = steps - part.shape[axis]
+    if not more:
+        return part
+    shape = [more if place == axis else size for place, size in enumerate(part.shape)]
+    value = tensor.low if tensor.low is not None else min(0, tensor.high) if tensor.high is not None else 0
+    return np.concatenate((part, np.full(shape, value, tensor.numpy_dtype)), axis)
 
 
 def _cells(s: Sequence) -> Array:

@@ -8,20 +8,23 @@ from server.shares import Account
 
 
 class Ticket:
-    """One sequence waiting or running. `remaining` counts the time steps still to do."""
+    """One sequence waiting or running. `remaining` counts the time steps still to do. One that is `padded` may be run by more."""
 
-    __slots__ = ("account", "cut", "deadline", "gone", "graph", "key", "order", "remaining", "rows", "running", "shared")
+    __slots__ = ("account", "cut", "deadline", "gone", "graph", "key", "order", "padded", "remaining", "rows", "running", "shared")
 
     account: Account  # whose share it takes; set when it is admitted
     deadline: float | None
 
-    def __init__(self, key: Hashable, rows: int, remaining: int, *, cut: bool = True, shared: bool = True, graph: str = "") -> None:
+    def __init__(
+        self, key: Hashable, rows: int, remaining: int, *, cut: bool = True, shared: bool = True, padded: bool = False, graph: str = ""
+    ) -> None:
         self.key = key
         self.graph = graph
         self.rows = rows
         self.remaining = remaining
         self.cut = cut
         self.shared = shared
+        self.padded = padded
         self.deadline = None
         self.order = 0.0  # virtual time (shares.py); 0: was never queued
         self.running = False

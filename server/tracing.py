@@ -197,8 +197,8 @@ class TracedWatch:
         self._seen = workers.seen
         self._tracer = tracer
 
-    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
-        self._watch.round(engine, graph, tickets, rows, steps, spent)
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, row_steps: int, spent: Spent) -> None:
+        self._watch.round(engine, graph, tickets, rows, steps, row_steps, spent)
 
     def told(self, engine: Engine, rows: int, sequences: int, seconds: float) -> None:
         self._watch.told(engine, rows, sequences, seconds)

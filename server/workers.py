@@ -248,9 +248,9 @@ class Workers:
             s.rounds += 1
             s.since = ended
         with self._wake:
-            engine.rounds.done(round, seconds)
+            row_steps = engine.rounds.done(round, seconds)
         rows = round.rows
-        engine.watch.round(engine, graph, len(sequences), rows, round.steps, spent)
+        engine.watch.round(engine, graph, len(sequences), rows, round.steps, row_steps, spent)
         if (onlooker := self.onlooker) is not None:
             onlooker.round(engine, graph, round, started, ended)
         again: list[Sequence] = []
@@ -295,7 +295,7 @@ class Workers:
                     engine.rounds.again(s)
                 else:
                     graph = engine.graphs[s.graph].graph
-                    engine.rounds.turn(s, key(engine, s), s.rows, s.steps, cut=graph.cut, shared=graph.shared)
+                    engine.rounds.turn(s, key(engine, s), s.rows, s.steps, cut=graph.cut, shared=graph.shared, padded=graph.padded)
             if self._asleep and not (self._attending and threading.get_ident() == self._attendant):
                 self._wake.notify()
 

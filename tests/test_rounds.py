@@ -52,9 +52,9 @@ class Queue:
 
     def arrive(
         self, name: str, key: str = "step", rows: str = "1", steps: str = "1", cut: str = "yes", shared: str = "yes", deadline: str = "",
-        of: str = "", level: str = "3",
+        of: str = "", level: str = "3", padded: str = "no",
     ) -> str:  # fmt: skip
-        ticket = Named(key, int(rows), int(steps), cut=cut == "yes", shared=shared == "yes")
+        ticket = Named(key, int(rows), int(steps), cut=cut == "yes", shared=shared == "yes", padded=padded == "yes", graph=key)
         ticket.name = name
         try:
             self.rounds.admit(ticket, self.now, Claim(float(deadline) if deadline else None, int(level), of))
@@ -62,6 +62,10 @@ class Queue:
             return f"{name} refused: {e.message}"
         self.tickets[name] = ticket
         return f"{name} waits"
+
+    def cost(self, key: str, rows: str, each: str) -> str:
+        self.rounds.costs.learn(key, int(rows), 1, int(rows) * float(each))
+        return f"a step of {key} in {rows} rows: {float(each) * 1e6:g} us a row"
 
     def next(self) -> str:
         round = self.rounds.next(self.now)
@@ -125,7 +129,10 @@ def test_everyone_is_served(
     """Whatever arrives, every ticket advances by exactly its steps, no round exceeds its limits or mixes keys, and the
     counts return to zero."""
     rounds = Rounds(Limits(rows=rows, chunk=chunk, share=share, workers=workers))
-    tickets = [Ticket((key, cut), n, steps, cut=cut) for n, steps, cut, key in lengths]  # a graph is cut or it is not
+    rounds.costs.learn("", 1, 1, 2e-5)
+    rounds.costs.learn("", 4, 1, 4e-5)
+    # a graph is cut or it is not
+    tickets = [Ticket((key, cut), n, steps, cut=cut, padded=not cut and key == "y") for n, steps, cut, key in lengths]
     for t in tickets:
         rounds.admit(t, 0.0)
     advanced = dict.fromkeys(tickets, 0)
@@ -134,15 +141,19 @@ def test_everyone_is_served(
         while len(running) < workers and (round := rounds.next(0.0)):
             assert round.rows <= max(rows, max(t.rows for t in round.tickets))
             assert {t.key for t in round.tickets} == {round.key}
-            assert all(round.steps <= t.remaining for t in round.tickets)
-            assert all(round.steps <= chunk if t.cut else round.steps == t.remaining for t in round.tickets)
+            if round.tickets[0].padded:
+                assert round.steps == max(t.remaining for t in round.tickets)
+            else:
+                assert all(round.steps <= t.remaining for t in round.tickets)
+                assert all(round.steps <= chunk if t.cut else round.steps == t.remaining for t in round.tickets)
             running.append(round)
         if not running:
             break
         round = running.pop(order.randrange(len(running)))  # type: ignore[attr-defined]
-        rounds.done(round, 0.001)
+        had = {t: t.remaining for t in round.tickets}
+        assert rounds.done(round, 0.001) == sum(t.rows * (had[t] - t.remaining) for t in round.tickets)
         for t in round.tickets:
-            advanced[t] += round.steps
+            advanced[t] += had[t] - t.remaining
             if t.remaining:
                 rounds.again(t)
             else:

@@ -64,7 +64,8 @@ class ByHand:
         self.graph = OnnxGraph(self.bundle.graph, directory / self.bundle.graph.file)
 
     def spans(self, words: tuple[str, ...]) -> list[tuple[int, int, str, float]]:
-        (emissions,) = self.graph.run({"words": self.words.ids(words)[None], "features": self.words.features(words)[None]})
+        feeds = {"words": self.words.ids(words)[None], "features": self.words.features(words)[None]}
+        (emissions,) = self.graph.run({**feeds, "lengths": np.array([len(words)], np.int32)})
         return [(s.start, s.end, s.label, float(np.float32(s.score))) for s in self.chain.spans(emissions[0])]
 
 

@@ -66,7 +66,7 @@ def one_by_one(translator: Loaded, sentences: list[str], beam: int) -> list[str]
     for sentence in sentences:
         source = np.append(vocabulary.encode(sentence), task["end"])
         answer = search.translate(
-            lambda tokens: encode.run({"tokens": tokens}),
+            lambda tokens: encode.run({"tokens": tokens, "lengths": np.full(len(tokens), tokens.shape[1], np.int32)}),
             lambda tokens, memory, row, h, c, fed: step.run(
                 {"tokens": tokens, "memory": memory, "row": row, "h": h, "c": c, "feed": fed}
             ),

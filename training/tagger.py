@@ -41,7 +41,7 @@ ABOUT = About(
     licence="The data set is CC BY 4.0, to be cited as Derczynski et al. 2017.",
     design="For each word: a vector of its own and nine of its first and last letters and its shape, hashed into one table; two "
     "LSTMs, one from each end; a linear layer; and the scores of one label after another (a linear-chain CRF), with which the "
-    "server decodes. No vectors or texts from elsewhere. Sentences of equal length share a round; a word's "
+    "server decodes. No vectors or texts from elsewhere. Sentences share rounds, of different lengths too; a word's "
     "length never makes a tensor longer.",
     limits="Published systems on this test reach 42 to 50 F1 with word vectors learnt from billions of words; from these "
     "3,394 posts alone the model knows few words, and goes by capitals, endings and neighbours. Lower-cased names are mostly missed.",

@@ -57,8 +57,8 @@ class Statistics:
                 counts = self._counts.setdefault(engine, Counts())
         return counts
 
-    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, spent: Spent) -> None:
-        self._watch.round(engine, graph, tickets, rows, steps, spent)
+    def round(self, engine: Engine, graph: str, tickets: int, rows: int, steps: int, row_steps: int, spent: Spent) -> None:
+        self._watch.round(engine, graph, tickets, rows, steps, row_steps, spent)
         counts = self.of(engine)
         with counts.lock:
             counts.rounds += 1

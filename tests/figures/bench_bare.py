@@ -117,6 +117,7 @@ class Greedy:
         self._encode = session(directory / bundle.graphs["encode"].file, providers)
         self._step = session(directory / bundle.graph.file, providers)
         self._states = bundle.graph.states
+        self._ends = next((t for t in bundle.graphs["encode"].inputs if t.role == "lengths"), None)
         self._names = ["log_probs", "ids", *(s.output for s in self._states)]
         self.begin, self.end, self.most = (int(bundle.task[k]) for k in ("start", "end", "max_length"))
         self.vocabulary = Vocabulary.load(directory / bundle.resources[bundle.task["vocabulary"]])
@@ -132,7 +133,10 @@ class Greedy:
         at = 0
         while at < len(sources):
             same = [s for s in sources[at:] if len(s) == len(sources[at])]
-            memory, h, c = self._encode.run(["memory", "h", "c"], {"tokens": np.stack(same)})
+            feeds = {"tokens": np.stack(same)}
+            if self._ends is not None:
+                feeds[self._ends.name] = np.full(len(same), len(same[0]), self._ends.numpy_dtype)
+            memory, h, c = self._encode.run(["memory", "h", "c"], feeds)
             memories += list(memory)
             firsts.append({"h": h, "c": c})
             at += len(same)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,14 +115,14 @@ class Load:
         def used() -> tuple[float, float]:
             return sum(cpu(pid) for pid in server), cpu(client)
 
-        before = used()
+        before, since = used(), time.monotonic()
         while not self._over.wait(span):
             try:
-                now = used()
+                now, at = used(), time.monotonic()
             except (OSError, IndexError):  # the client has ended
                 return
-            self._shares.append(((now[0] - before[0]) / span, (now[1] - before[1]) / span))
-            before = now
+            self._shares.append(((now[0] - before[0]) / (at - since), (now[1] - before[1]) / (at - since)))
+            before, since = now, at
 
     def output(self) -> str:
         """What the client printed. Raises Died with it where the client failed."""
@@ -133,9 +134,10 @@ class Load:
         return text
 
     def cores(self) -> tuple[float, float]:
-        """Cores that server and client used while the load was on: the mean of the spans in which the client was busy."""
-        most = max((client for _, client in self._shares), default=0.0)
-        busy = [share for share in self._shares if share[1] >= most / 3][1:-1]
+        """Cores that server and client used while the load was on: the mean of the spans in which the server was busy. The client
+        is busy before that too, with its imports."""
+        most = max((server for server, _ in self._shares), default=0.0)
+        busy = [share for share in self._shares if share[0] >= most / 3][1:-1]
         if not busy:
             return 0.0, 0.0
         return sum(s for s, _ in busy) / len(busy), sum(c for _, c in busy) / len(busy)

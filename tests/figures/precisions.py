@@ -1,8 +1,8 @@
 """What each precision of the shipped bundles costs and saves: size, figures on the test set, exactness, time. `make precisions DATA=DIR`.
 
 The figures are the quality command's, over the engine in this process; nothing is held to a floor here. Written as Markdown,
-for docs/log.md and, with --write, into the cards of the bundles. Only float32 bundles can be measured: of one that is shipped in
-another precision, export the run in float32 and name its directory with --models.
+for docs/log.md and, with --write, into the cards of the bundles. Of a bundle that is shipped with its weights in another precision, the
+float32 line has these weights, restored; or export the run in float32 and name its directory with --models.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from rich.console import Console
 from rich.progress import Progress
 
 from contract import bundle as contract
-from export import card, convert, draw
+from export import card, convert, draw, precision
 from export.draw import Array
 from server.graph import OnnxGraph
 from tests.figures.quality import MODELS, Asked, Figure, offline
@@ -54,12 +55,29 @@ class Line:
     within: float = field(default=0.0)  # of float32, by norms
 
 
-def made(model: str, precision: str, models: Path, at: Path) -> Path:
+def made(model: str, wanted: str, models: Path, at: Path) -> Path:
     """The directory of a model's bundle in a precision."""
-    out = at / precision / model / "1"
-    if precision == "float32":
-        return shutil.copytree(models / model / "1", out)
-    convert.convert(models / model / "1", out, precision)
+    source, out = models / model / "1", at / wanted / model / "1"
+    if contract.load(source).precision != "float32":
+        source = restored(source, at / "restored" / model / "1")
+    if wanted == "float32":
+        return shutil.copytree(source, out)
+    convert.convert(source, out, wanted)
+    return out
+
+
+def restored(source: Path, out: Path) -> Path:
+    """A bundle whose weights alone lie in another precision, as the float32 bundle that onnxruntime makes of it when it loads it."""
+    if out.exists():
+        return out
+    bundle = contract.load(source)
+    if bundle.precision not in precision.WEIGHTS:
+        raise SystemExit(f"{source} is in {bundle.precision}: export its run in float32, and name the directory with --models")
+    shutil.copytree(source, out)
+    for graph in bundle.graphs.values():
+        (out / graph.file).write_bytes(precision.folded(onnx.load(source / graph.file)).SerializeToString())
+    was = {name: proof.get("float32", proof) for name, proof in bundle.verified.items()}
+    contract.save(replace(bundle, precision="float32", verified=was), out)
     return out
 
 
@@ -121,6 +139,8 @@ def write(directory: Path, lines: Sequence[str]) -> None:
     """Into the card of a bundle, in place of what was measured before."""
     model = directory.parent.name
     made = f"Made by `seqserve convert models/{model}/1 --precision …`, measured by `make precisions` on the same test data."
+    if (shipped := contract.load(directory).precision) != "float32":
+        made = f"Made by `seqserve convert` of the shipped {shipped}, restored to float32, and measured by `make precisions`."
     file = directory / card.FILE
     body = "\n".join([made, "", *lines, "", NOTE])
     file.write_text(card.with_section(file.read_text(encoding="utf-8"), card.PRECISIONS, body), encoding="utf-8")

@@ -61,7 +61,7 @@ def mark(first: Any, second: Any) -> Any:
 def fit(
     texts: Sequence[Array], labels: Array, vocabulary: int, buckets: int, *, least: int = 3, strength: float = 0.3, steps: int = 40
 ) -> Scores:
-    """Scores of texts [time] of word ids with labels [texts], 0 or 1.
+    """Scores of texts [time] of word ids with labels [texts], 0 or 1, or between where another model says how far they are either.
 
     A pair in fewer than `least` texts is left out. `strength` is the inverse of the penalty on squares, `steps` are those of
     L-BFGS, from zero: stopping early counts as a penalty too.

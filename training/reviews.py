@@ -1,10 +1,13 @@
-"""Film reviews as the sentiment model and its pre-training read them: texts, hold-out, words.
+"""Film reviews as the sentiment model and its pre-training read them: texts, hold-out, words. `python -m training.reviews --data DIR`
+prints the unlabelled ones, one a line, for another model to label: `… | seqserve classify --json > labels.jsonl`.
 
 It knows where texts come from and how they become words; it must not know any model.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from tokenizers.trainers import WordLevelTrainer
 
 from contract.text import PAD, UNKNOWN, Vocabulary
 from training.config import ConfigError
-from training.data import imdb
+from training.data import DataError, imdb
 
 VOCABULARY = "tokenizer.json"
 
@@ -85,3 +88,24 @@ def hold_out(labels: Sequence[int], count: int, seed: int) -> tuple[list[int], l
     kinds = sorted(set(labels))
     held = {i for kind in kinds for i in [i for i in order if labels[i] == kind][: count // len(kinds)]}
     return [i for i in order if i not in held], [i for i in order if i in held]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when all are printed, 1 where they can't be had."""
+    words = argparse.ArgumentParser(prog="python -m training.reviews", description="Print the unlabelled reviews, one a line.")
+    words.add_argument("--data", type=Path, help="directory with the data sets (default: download once into a cache)")
+    words.add_argument("--kind", choices=["imdb", "toy"], default="imdb", help="toy: made-up sentences, no data set needed")
+    words.add_argument("--seed", type=int, default=1, help="of made-up sentences (%(default)s)")
+    asked = words.parse_args(arguments)
+    try:
+        texts = unlabelled(asked.kind, asked.seed, asked.data)
+    except DataError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    for text in texts:
+        print(" ".join(text.split()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

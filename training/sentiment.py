@@ -5,6 +5,7 @@ It knows the model, its data and how it is cut for serving. It must not know the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -67,6 +68,8 @@ class Data:
     least: int = 3  # words seen less often are unknown
     validation: int = 2_500  # held out of the training part
     train: int = 0  # use only so many of the rest; 0: all
+    taught: str = ""  # a file of further texts with another model's scores, as `seqserve classify --json` prints them
+    times: int = 1  # how often a labelled review counts beside these
     rows: int = 32
     longest: int = 400  # a longer review is cut at random while training; validation reads it whole
 
@@ -187,17 +190,21 @@ class SentimentTraining(Training):
         unknown = vocabulary.unknown
         assert unknown is not None  # learn_vocabulary puts it there
 
-        def rows(places: Sequence[int], longest: int) -> Rows:
-            tokens = vocabulary.encode_many([texts[i] for i in places])
-            kept = [(t, labels[i]) for t, i in zip(tokens, places, strict=True) if len(t)]
+        def rows(texts: Sequence[str], labels: Sequence[float], longest: int) -> Rows:
+            tokens = vocabulary.encode_many(texts)
+            kept = [(t, label) for t, label in zip(tokens, labels, strict=True) if len(t)]
             return Rows([t for t, _ in kept], [label for _, label in kept], longest)
 
+        known = [texts[i] for i in train], [labels[i] for i in train]
+        held = [texts[i] for i in validation], [labels[i] for i in validation]
+        more, scores = read_taught(Path(settings.taught), dims.labels, held[0]) if settings.taught else ([], [])
         model = Sentiment(dims)
         if begin.run:
             start.take_over(begin.run, model)
         if begin.word2vec:
             start.take_words(begin.word2vec, vocabulary, model.embedding)
-        return cls(model, config, settings, rows(train, settings.longest), rows(validation, 0), unknown, out)
+        given = rows([*known[0] * settings.times, *more], [*known[1] * settings.times, *scores], settings.longest)
+        return cls(model, config, settings, given, rows(*held, 0), unknown, out)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, lengths, labels = batch
@@ -206,8 +213,9 @@ class SentimentTraining(Training):
         model = self.model
         assert isinstance(model, Sentiment)
         logits = model.recurrent(tokens, lengths)
-        accuracy = (logits.argmax(-1) == labels).float().mean()
-        return functional.cross_entropy(logits, labels), {"accuracy": accuracy.detach()}
+        accuracy = (logits.argmax(-1) == labels.round()).float().mean()
+        wanted = torch.stack([1 - labels, labels], -1) if labels.is_floating_point() else labels
+        return functional.cross_entropy(logits, wanted), {"accuracy": accuracy.detach()}
 
     def scores(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
         tokens, lengths, labels = batch
@@ -236,7 +244,8 @@ class SentimentTraining(Training):
         model = rebuild(kept.dims)
         model.load_state_dict(dict(kept.weights))
         train, held = self.train_rows, self.validation_rows
-        fitted = ngrams.fit(train.tokens, np.asarray(train.labels), model.dims.vocabulary, model.dims.pairs)
+        least = 2 * self.settings.times if self.settings.taught else 3
+        fitted = ngrams.fit(train.tokens, np.asarray(train.labels), model.dims.vocabulary, model.dims.pairs, least=least)
         model.word_scores.weight.copy_(torch.from_numpy(fitted.words)[:, None])
         model.pair_scores.weight.copy_(torch.from_numpy(fitted.pairs)[:, None])
         model.pair_marks.copy_(torch.from_numpy(fitted.marks))
@@ -263,14 +272,39 @@ class SentimentTraining(Training):
         loop.rescore(self.out, scores)
 
 
+def read_taught(file: Path, labels: Sequence[str], held: Sequence[str]) -> tuple[list[str], list[float]]:
+    """Texts and how much another model takes each for the second of the two labels, 0 to 1 (Lee, 2013, pseudo-labels; kept as
+    they are, so that what is doubtful stays so). Texts that are held out are left out. Raises ConfigError."""
+    if len(labels) != 2:
+        raise ConfigError(f"data.taught: for two labels, not {len(labels)}")
+    texts: dict[str, float] = {}
+    number = 0
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                said = json.loads(line)
+                text, score = said["text"], said["scores"][labels[1]]
+                if not isinstance(text, str) or not isinstance(score, int | float) or not 0 <= score <= 1:
+                    raise ValueError("a text and scores from 0 to 1 are needed")
+                texts[text] = float(score)
+    except OSError as e:
+        raise ConfigError(f"data.taught: {e}") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"data.taught: {file}, line {number}: not what seqserve classify --json prints of {labels}: {e!r}") from None
+    never = {" ".join(text.split()) for text in held}
+    kept = {text: score for text, score in texts.items() if " ".join(text.split()) not in never}
+    return list(kept), list(kept.values())
+
+
 Batch = tuple[Tensor, Tensor, Tensor]
-"""Tokens [rows, time] padded with 0, lengths [rows], labels [rows]."""
+"""Tokens [rows, time] padded with 0, lengths [rows], labels [rows]; or where another model taught, how far each is the second label."""
 
 
 class Rows(Dataset[Batch]):
     """Encoded reviews; asked for a list of places it gives the batch of them."""
 
-    def __init__(self, tokens: Sequence[np.ndarray[Any, Any]], labels: Sequence[int], longest: int) -> None:
+    def __init__(self, tokens: Sequence[np.ndarray[Any, Any]], labels: Sequence[float], longest: int) -> None:
         self.tokens, self.labels, self.longest = tokens, labels, longest
 
     @property

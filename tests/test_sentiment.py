@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from contract.bundle import Bundle, validate
 from contract.text import Vocabulary
 from training import __main__ as command
 from training import checkpoint, ngrams, reviews, sentiment
+from training.config import ConfigError
 from training.data import DataError, Source, imdb
 from training.sentiment import Dims, Sentiment
 
@@ -199,3 +201,52 @@ def test_the_toy_is_learnt_and_its_checkpoint_rebuilds_the_model(pairs: int, tmp
         tokens = torch.from_numpy(vocabulary.encode(text))[None]
         with torch.no_grad():
             assert model(tokens, torch.tensor([tokens.shape[1]])).argmax().item() == label
+
+
+def taught(file: Path, lines: Sequence[object]) -> Path:
+    file.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def said(text: str, score: float) -> dict[str, object]:
+    """What `seqserve classify --json` prints of a text."""
+    scores = {"negative": round(1 - score, 6), "positive": score}
+    return {"text": text, "label": max(scores, key=scores.__getitem__), "score": max(scores.values()), "scores": scores, "tokens": 3}
+
+
+def test_another_models_scores_are_read(tmp_path: Path) -> None:
+    """Each text once, with how far it is the second label; none that is held out, whatever its spaces."""
+    file = taught(tmp_path / "labels.jsonl", [said("a b", 0.75), said("held  out", 0.5), said("c", 0.25), said("a b", 0.5)])
+    assert sentiment.read_taught(file, ("negative", "positive"), ["held out"]) == (["a b", "c"], [0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [("nonsense", "line 2"), (said("x", 1.5), "from 0 to 1"), ({"text": 1, "scores": {"positive": 1}}, "line 2"), ([1], "line 2")],
+)
+def test_what_is_no_score_is_told_by_line(line: object, says: str, tmp_path: Path) -> None:
+    file = taught(tmp_path / "labels.jsonl", [said("a b", 0.75), line])
+    with pytest.raises(ConfigError, match=says):
+        sentiment.read_taught(file, ("negative", "positive"), [])
+    with pytest.raises(ConfigError, match="No such file"):
+        sentiment.read_taught(tmp_path / "none", ("negative", "positive"), [])
+    with pytest.raises(ConfigError, match="two labels"):
+        sentiment.read_taught(file, ("a", "b", "c"), [])
+
+
+def test_a_pupil_learns_of_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 40 labelled sentences a toy learns little; with the doubtful scores of 3,000 more beside them it learns the language."""
+    assert reviews.main(["--kind", "toy"]) == 0
+    praise = {"good", "fine", "lovely", "great"}
+    lines = []
+    for text in capsys.readouterr().out.splitlines():
+        words = text.split()
+        right = bool(praise & set(words)) != ("not" in words)
+        lines.append(said(text, 0.85 if right else 0.15))
+    file = taught(tmp_path / "labels.jsonl", lines)
+    few = ["--no-progress", "--set", "run.epochs=3", "--set", "data.train=40"]
+    accuracy = []
+    for name, more in (("alone", []), ("taught", ["--set", f"data.taught={file}", "--set", "data.times=2"])):
+        assert command.main(["sentiment", "--config", "toy", *few, *more, "--out", str(tmp_path / name)]) == 0
+        accuracy.append(checkpoint.load(tmp_path / name).scores["validation_accuracy"])
+    assert accuracy[0] < 0.9 < 0.95 < accuracy[1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,7 +12,7 @@ from tests.figures.bench import Results
 from tests.figures.bench_bare import CHUNK, ROWS, rounds
 from tests.figures.bench_lines import CAP, LINES, TITLES, data, lengths
 from tests.figures.bench_report import markdown, summary
-from tests.figures.bench_tools import Measured
+from tests.figures.bench_tools import Load, Measured
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=100))
@@ -41,3 +44,13 @@ def test_a_report_sets_servers_side_by_side() -> None:
     assert "1.3 × bare here: 5,200" in ours
     assert "|1,000|" in others
     assert "a32-32 6,000/s, 9 ms (1.50 × bare)" in summary(results)
+
+
+def test_a_server_that_dies_is_not_waited_for() -> None:
+    """perf_analyzer would wait for its answers for ever: the pass fails, and says why."""
+    forever = ["tail", "-f", "/dev/null"]
+    with subprocess.Popen(forever) as server:
+        load = Load(forever, server.pid)
+        server.kill()
+        with pytest.raises(RuntimeError, match="server ended"):
+            load.output()

@@ -84,6 +84,14 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
+def ended(pid: int) -> bool:
+    """Whether a process has ended, waited for or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
+
+
 def resident(pid: int) -> int:
     """Bytes of memory that a process holds."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
@@ -105,6 +113,7 @@ class Load:
         self._server = server
         self._shares: list[tuple[float, float]] = []  # cores that server and client used, a tenth of a second each
         self._over = threading.Event()
+        self._alone = False  # the server ended first
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
@@ -117,6 +126,10 @@ class Load:
 
         before, since = used(), time.monotonic()
         while not self._over.wait(span):
+            if ended(self._server):  # perf_analyzer would wait for answers for ever
+                self._alone = True
+                self._process.kill()
+                return
             try:
                 now, at = used(), time.monotonic()
             except (OSError, IndexError):  # the client has ended
@@ -125,10 +138,12 @@ class Load:
             before, since = now, at
 
     def output(self) -> str:
-        """What the client printed. Raises Died with it where the client failed."""
+        """What the client printed. Raises Died with it where the client failed, RuntimeError where the server did."""
         text, _ = self._process.communicate()
         self._over.set()
         self._watcher.join()
+        if self._alone:
+            raise RuntimeError("the server ended while it was asked")
         if self._process.returncode:
             raise Died(self._process.returncode, text[-3000:].strip() or "it said nothing")
         return text

@@ -17,7 +17,8 @@ from tests.process import ROOT, Served, serve
 
 EXAMPLES = ROOT / "docs" / "examples"
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), re.DOTALL)
-ASKED = [line for block in BLOCKS for line in block.splitlines() if not re.match(r"seqserve (train|export|serve) |python ", line)]
+MAKES = re.compile(r"seqserve (train|export|serve) |python |.* > runs/")  # what a training needs, and takes its time
+ASKED = [line for block in BLOCKS for line in block.splitlines() if not MAKES.match(line)]
 
 SAID: dict[str, tuple[list[str], list[str]]] = {
     "digits": ([], ["in one call, the same bits: True"]),

@@ -63,10 +63,29 @@ def app(request: pytest.FixtureRequest, exported: Exported) -> Iterator[App]:
     made.stop()
 
 
+class Written(io.StringIO):
+    """Lines of a log, as other threads write them: a caller may have its answer before its call's line is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._more = threading.Condition()
+
+    def write(self, text: str) -> int:
+        with self._more:
+            self._more.notify_all()
+            return super().write(text)
+
+    def lines(self, count: int) -> list[str]:
+        """All lines, when there are so many."""
+        with self._more:
+            assert self._more.wait_for(lambda: len(self.getvalue().splitlines()) >= count, 30), self.getvalue()
+            return self.getvalue().splitlines()
+
+
 @pytest.fixture
-def written(app: App) -> Iterator[io.StringIO]:
+def written(app: App) -> Iterator[Written]:
     """What the access log writes, as JSON."""
-    text = io.StringIO()
+    text = Written()
     handler = logging.StreamHandler(text)
     handler.setFormatter(logs.JsonLines())
     logs.access.addHandler(handler)
@@ -130,13 +149,13 @@ def test_nobody_is_kept(app: App, exported: Exported) -> None:
     assert not app.workers.seen
 
 
-def test_access_log(app: App, written: io.StringIO) -> None:
+def test_access_log(app: App, written: Written) -> None:
     """A line of the access log is one JSON object, with the ids of request, session and trace and the status."""
     with seqserve.Client(f"127.0.0.1:{app.port}", metadata=METADATA) as client:
         client.classify("A good film.")
         with client.session("sentiment", id="mine") as session:
             session.send("One.")
-    lines = {line["method"]: line for line in map(json.loads, written.getvalue().splitlines())}
+    lines = {line["method"]: line for line in map(json.loads, written.lines(4))}  # opened, a turn, closed
     classify = lines["/seqserve.v1.Tasks/Classify"]
     assert (classify["status"], classify["request"], classify["trace"], classify["level"]) == ("OK", "r-7", TRACE, "info")
     assert classify["ms"] > 0

@@ -111,6 +111,11 @@ class Tensor:
         return TENSOR_DTYPES[self.dtype]
 
     @cached_property
+    def allowed(self) -> float:
+        """A number that it may have: the lowest, or 0 where there is none, or what is below 0."""
+        return self.low if self.low is not None else 0 if self.high is None else min(0, self.high)
+
+    @cached_property
     def packed(self) -> int:
         """Bytes of one row's one step where rows lie end to end and, within a row, its steps: [batch, time, numbers...] or
         [batch, numbers...]; 0 where they lie otherwise."""

@@ -26,7 +26,6 @@ from onnx import helper, numpy_helper
 from contract import bundle as contract
 from contract.bundle import Bundle, BundleError, Graph
 from export import lengths, place
-from export.lengths import CantTell
 from server import dropin
 from server.graph import OnnxFile
 
@@ -256,21 +255,6 @@ def _called(node: onnx.NodeProto, at: int) -> str:
     return node.name or f"{node.op_type}_{at}"
 
 
-def _tell_lengths(source: Path, out: Path, name: str) -> int:
-    try:
-        made, why = lengths.adapt(source, out, name)
-    except (CantTell, BundleError) as e:
-        faults = e.faults if isinstance(e, BundleError) else [str(e)]
-        print(f"seqserve adapt: {source}; nothing was written", *faults, sep="\n  - ", file=sys.stderr)
-        return 1
-    for graph, reason in why.items():
-        print(f"graph {graph!r} stays as it was: {reason}")
-    for graph in (key for key in made.graphs if key not in why):
-        print(f"graph {graph!r} takes rows of different lengths together: as alone, bit for bit")
-    print(f"{made.name}: {out}, {made.fingerprint[:19]}")
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Adapt: 0 when done, 1 where it can't be, 2 where there is no such file."""
     words = argparse.ArgumentParser(
@@ -284,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = words.parse_args(argv)
     name = asked.name or (asked.out.parent.name if asked.out.name.isdecimal() else asked.file.stem)
     if asked.file.is_dir():
-        return _tell_lengths(asked.file, asked.out, name)
+        return lengths.main(asked.file, asked.out, name)
     try:
         made = adapt(asked.file, asked.out, name)
     except FileNotFoundError as e:

@@ -40,14 +40,12 @@ def export(run: Path, out: Path, name: str | None = None, scores: Path | None = 
         for graph_name, described in task.describe(model).items():
             file = made / described.file
             to_onnx.write(described, parts[graph_name], file)
-            told = lengths.offer(described, file)
-            described = told.graph
+            described = lengths.offer(described, file).graph
             proof = verify.verify(graph_name, described, parts[graph_name], OnnxGraph(described, file))
             for note in proof.notes[:3]:
                 print(f"warning: {graph_name}: {note}", file=sys.stderr)
-            graphs[graph_name], proofs[graph_name] = verify.settled(described, proof), proof.plain()
-            if described.padded:
-                proofs[graph_name] = {**proofs[graph_name], "padded_is_alone": True}
+            settled = verify.settled(described, proof)
+            graphs[graph_name], proofs[graph_name] = settled, proof.plain() | ({"padded_is_alone": True} if settled.padded else {})
         if precision != "float32":
             changed = convert.change_all(graphs, made, made, precision)
             for remark in changed.remarks:

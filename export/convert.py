@@ -25,7 +25,7 @@ from onnx import numpy_helper
 
 from contract import bundle as contract
 from contract.bundle import Bundle, BundleError, Graph
-from export import place, precision
+from export import lengths, place, precision
 from export.precision import CantConvert, NothingToChange
 from server.graph import OnnxGraph
 
@@ -120,7 +120,7 @@ def change(name: str, graph: Graph, before: Path, after: Path, wanted: str) -> t
             raise CantConvert(f"graph {name!r}: it does not answer as the float32 graph with the same weights; please report this")
     settled = verify.settled(graph, proof)
     if settled.padded:
-        found["padded_is_alone"] = verify.padded_is_alone(graph, runner, graph, runner)
+        found["padded_is_alone"] = lengths.padded_is_alone(graph, runner, graph, runner)
         settled = replace(settled, padded=found["padded_is_alone"])
     return settled, found, proof.notes
 

@@ -10,24 +10,28 @@ It knows ONNX graphs; it must not know torch, training, or how bundles are serve
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from contract import bundle as contract
-from contract.bundle import BATCH, Bundle, Graph, Tensor
-from export import place
+from contract.bundle import BATCH, Bundle, BundleError, Graph, Tensor
+from export import draw, place
 from server import dropin
 from server.graph import OnnxGraph
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 LENGTHS = 4  # the place of sequence_lens among a recurrent node's inputs
 NAME = "lengths"
+ROWS = (1, 2, 3, 8, 17) * 2  # of the lots that the proof is of
+LONGEST = 33  # steps
 
 
 class CantTell(ValueError):
@@ -44,8 +48,6 @@ class Told:
 
 def offer(graph: Graph, file: Path) -> Told:
     """Rewrite a one-shot graph's file so that rows of different lengths may share a run, where that alters no bit of any answer."""
-    from export import verify  # it needs torch, which takes seconds to import
-
     if graph.cut:
         return Told(graph, "it may be cut: rows of different lengths share rounds already")
     if graph.padded:
@@ -63,13 +65,40 @@ def offer(graph: Graph, file: Path) -> Told:
         changed = Path(folder, file.name)
         changed.write_bytes(model.SerializeToString())
         try:
-            same = verify.padded_is_alone(told, OnnxGraph(told, changed), graph, OnnxGraph(graph, file))
+            same = padded_is_alone(told, OnnxGraph(told, changed), graph, OnnxGraph(graph, file))
         except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
             return Told(graph, f"told its lengths it does not run: {str(e)[:200]}")
         if not same:
             return Told(graph, "something in it looks at all steps: beside longer rows a row's answer would be another")
         shutil.copyfile(changed, file)
     return Told(told)
+
+
+def padded_is_alone(padded: Graph, runner: OnnxGraph, graph: Graph, alone: OnnxGraph, seed: int = 0) -> bool:
+    """Whether rows of different lengths, the shorter filled up with anything, answer bit for bit as `alone` does each of them."""
+    random = np.random.default_rng(seed)
+    for count in ROWS:
+        times = random.integers(1, min(LONGEST, graph.max_time), count, endpoint=True).tolist()
+        longest = max(times)
+        rows, filled = [], []
+        for time, size in zip(times, draw.sizes(graph, count, longest, random), strict=True):
+            whole = draw.row(graph, size, random) | draw.fresh(graph)
+            filled.append(whole)
+            rows.append(whole | {t.name: _first(whole[t.name], t, time) for t in graph.data})
+        draw.constants_alike(graph, rows)
+        draw.constants_alike(graph, filled)
+        together = draw.split(padded, filled, runner.run(draw.stack(padded, filled, times)))
+        for row, time, got in zip(rows, times, together, strict=True):
+            (wanted,) = draw.split(graph, [row], alone.run(draw.stack(graph, [row], [time])))
+            own = got | {t.name: _first(got[t.name], t, time) for t in graph.outputs}
+            if any(own[n].shape != wanted[n].shape or own[n].tobytes() != wanted[n].tobytes() for n in wanted):
+                return False
+    return True
+
+
+def _first(value: draw.Array, tensor: Tensor, steps: int) -> draw.Array:
+    """The first steps of a value; all of what has no time axis."""
+    return value if tensor.time_axis is None else value.take(range(steps), tensor.time_axis)
 
 
 def _rows(model: onnx.ModelProto, tensor: Tensor) -> str:
@@ -130,3 +159,20 @@ def adapt(source: Path, out: Path, name: str | None = None) -> tuple[Bundle, Map
             shown.write_text(card.with_graphs(shown.read_text(encoding="utf-8"), bundle), encoding="utf-8")
         place.move(made, out)
     return contract.load(out), why
+
+
+def main(source: Path, out: Path, name: str) -> int:
+    """`seqserve adapt DIR`: 0 when written, 1 where there is nothing to tell."""
+    try:
+        made, why = adapt(source, out, name)
+    except (CantTell, BundleError) as e:
+        faults = e.faults if isinstance(e, BundleError) else [str(e)]
+        print(f"seqserve adapt: {source}; nothing was written", *faults, sep="\n  - ", file=sys.stderr)
+        return 1
+    for graph in made.graphs:
+        if reason := why.get(graph):
+            print(f"graph {graph!r} stays as it was: {reason}")
+        else:
+            print(f"graph {graph!r} takes rows of different lengths together: as alone, bit for bit")
+    print(f"{made.name}: {out}, {made.fingerprint[:19]}")
+    return 0

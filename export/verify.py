@@ -148,32 +148,6 @@ def identical(graph: Graph, one: OnnxGraph, other: OnnxGraph, seed: int = 0) -> 
     return all(_same(case.together, _run(graph, other, case.rows, case.time)) for case in _cases(Proof(""), graph, one, seed))
 
 
-def padded_is_alone(padded: Graph, runner: OnnxGraph, graph: Graph, alone: OnnxGraph, seed: int = 0) -> bool:
-    """Whether rows of different lengths, the shorter filled up with anything, answer bit for bit as `alone` does each of them."""
-    random = np.random.default_rng(seed)
-    most = min(max(TIMES), graph.max_time)
-    for count in (*ROWS, *ROWS):
-        times = random.integers(1, most, count, endpoint=True).tolist()
-        longest = max(times)
-        named = draw.sizes(graph, count, longest, random)
-        rows = [draw.row(graph, draw.Sizes(time, size.named), random) | draw.fresh(graph) for time, size in zip(times, named, strict=True)]
-        draw.constants_alike(graph, rows)
-        filled = [{**draw.row(graph, size, random), **row} for size, row in zip(named, rows, strict=True)]
-        for long, row, size in zip(filled, rows, named, strict=True):
-            for t in graph.data:
-                if t.time_axis is not None:
-                    rest = draw.row(graph, size, random)[t.name].take(range(row[t.name].shape[t.time_axis], longest), t.time_axis)
-                    long[t.name] = np.concatenate([row[t.name], rest], t.time_axis)
-        together = draw.split(padded, filled, runner.run(draw.stack(padded, filled, times)))
-        for got, time in zip(together, times, strict=True):
-            for t in graph.outputs:
-                if t.time_axis is not None:
-                    got[t.name] = got[t.name].take(range(time), t.time_axis)
-        if not _same(together, [_run(graph, alone, [row], time)[0] for row, time in zip(rows, times, strict=True)]):
-            return False
-    return True
-
-
 @dataclass(frozen=True, slots=True)
 class _Case:
     """Rows of one length that ran together and alone, and where they could be cut and the bits differed, in pieces too."""

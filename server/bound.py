@@ -240,7 +240,7 @@ def _length(axis: str | int, rows: int, steps: int) -> int:
 
 def _sample(tensor: Tensor) -> Array:
     shape = [_length(axis, 1, 1) for axis in tensor.axes]
-    return np.full(shape, 1 if tensor.role == "lengths" else tensor.low or 0, tensor.numpy_dtype)
+    return np.full(shape, 1 if tensor.role == "lengths" else tensor.allowed, tensor.numpy_dtype)
 
 
 def _made_up(array: Array, tensor: Tensor, size: int) -> Array:

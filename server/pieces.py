@@ -14,7 +14,7 @@ Pure: tickets and expected costs in, a choice out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listed
 from typing import TypeVar
 
@@ -67,14 +67,8 @@ def choose(first: T, line: Listed[T], most: int, chunk: int, each: Callable[[int
 
 def _filled(first: T, having: Listed[T], most: int) -> tuple[list[T], int]:
     """`first` and, in order, whoever of them still fits; and how many rows that is."""
-    chosen, rows = [first], first.rows
-    for t in having:
-        if rows >= most:
-            break
-        if t is not first and rows + t.rows <= most and t.shared:
-            chosen.append(t)
-            rows += t.rows
-    return chosen, rows
+    chosen, rows = _fitting((t for t in having if t is not first and t.shared), most - first.rows)
+    return [first, *chosen], first.rows + rows
 
 
 def _uneven(equals: list[T], rows: int, line: Listed[T], most: int, each: Callable[[int], float]) -> tuple[list[T], int]:
@@ -120,11 +114,13 @@ def _cost(rows: int, steps: int, each: Callable[[int], float]) -> float:
     return ROUND_S + rows * (ROW_S + steps * each(rows))
 
 
-def _fitting(tickets: Listed[T], most: int) -> tuple[list[T], int]:
+def _fitting(tickets: Iterable[T], most: int) -> tuple[list[T], int]:
     """In order, whoever still fits; and how many rows that is."""
     chosen: list[T] = []
     rows = 0
     for t in tickets:
+        if rows >= most:
+            break
         if rows + t.rows <= most:
             chosen.append(t)
             rows += t.rows

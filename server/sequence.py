@@ -255,8 +255,7 @@ def _filled(tensor: Tensor, part: Array, steps: int) -> Array:
     if not more:
         return part
     shape = [more if place == axis else size for place, size in enumerate(part.shape)]
-    value = tensor.low if tensor.low is not None else min(0, tensor.high) if tensor.high is not None else 0
-    return np.concatenate((part, np.full(shape, value, tensor.numpy_dtype)), axis)
+    return np.concatenate((part, np.full(shape, tensor.allowed, tensor.numpy_dtype)), axis)
 
 
 def _cells(s: Sequence) -> Array:

@@ -43,7 +43,7 @@ def sample(tensor: Tensor, rows: int, steps: int) -> Array:
         return np.full(rows, steps, tensor.numpy_dtype)
     if tensor.dtype == "string":
         return np.full(shape, "0", tensor.numpy_dtype)  # a text that graphs which read numbers can read too
-    return np.full(shape, tensor.low or 0, tensor.numpy_dtype)
+    return np.full(shape, tensor.allowed, tensor.numpy_dtype)
 
 
 def drawn(tensor: Tensor, rows: int, steps: int, rng: np.random.Generator) -> Array:
@@ -54,7 +54,7 @@ def drawn(tensor: Tensor, rows: int, steps: int, rng: np.random.Generator) -> Ar
     if made.dtype.kind == "f":
         made[...] = np.clip(rng.normal(size=made.shape), tensor.low, tensor.high)
     elif made.dtype.kind in "iu" and tensor.high is not None:
-        made[...] = rng.integers(int(tensor.low or 0), int(tensor.high), made.shape, endpoint=True)
+        made[...] = rng.integers(int(tensor.allowed), int(tensor.high), made.shape, endpoint=True)
     return made
 
 

@@ -18,7 +18,7 @@ from onnx import helper
 
 from contract import bundle as contract
 from contract.bundle import Bundle, Graph, Tensor
-from export import adapt, lengths
+from export import adapt, convert, lengths
 from seqserve import Client
 from server import dropin
 from server.graph import OnnxGraph
@@ -190,6 +190,18 @@ def test_a_bundle_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert adapt.main([str(at), "--out", str(at)]) == 1
     assert "told already" in capsys.readouterr().err
     assert contract.load(at) == made
+
+
+def test_other_precisions_are_proved_anew(tmp_path: Path) -> None:
+    """Rounded weights keep the promise; int8 sums, which depend on what is in the round, don't."""
+    models.both_ways(tmp_path / "whole" / "1", hidden=40)
+    lengths.adapt(tmp_path / "whole" / "1", tmp_path / "told" / "1")
+    rounded, _ = convert.convert(tmp_path / "told" / "1", tmp_path / "rounded" / "1", "float16-weights")
+    assert rounded.graph.padded
+    assert rounded.verified["read"]["padded_is_alone"]
+    dynamic, _ = convert.convert(tmp_path / "told" / "1", tmp_path / "dynamic" / "1", "int8-dynamic")
+    assert not dynamic.graph.shared
+    assert not dynamic.graph.padded
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ def test_it_has_learnt_and_is_proved(models: Path) -> None:
     assert wnut17.entity_score([labelled(p.tags) for p in POSTS], found).f1 > 0.95
     assert by_hand.bundle.verified["read"]["batched_is_alone"]
     assert by_hand.bundle.graph.shared
+    assert by_hand.bundle.verified["read"]["padded_is_alone"], "the exporter tells it where its rows end"
+    assert by_hand.bundle.graph.padded
 
 
 def test_together_is_alone(served: Served, models: Path) -> None:

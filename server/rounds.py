@@ -12,7 +12,7 @@ the order of shares.py, whoever is first always runs; every other round begins w
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -185,7 +185,7 @@ class Rounds(Generic[T]):
         chosen, steps = choose(first, company, most, self.limits.chunk, lambda rows: self.costs.a_row(graph, rows), part)
         rows = 0
         for ticket in chosen:
-            ticket.running = True
+            ticket.running, ticket.waiting = True, False
             rows += ticket.rows
         if len(chosen) == len(line):
             del self._waiting[first.key]
@@ -247,12 +247,8 @@ class Rounds(Generic[T]):
         if not account.tickets:
             self.accounts.emptied()
         if not ticket.running:
-            line = self._waiting.get(ticket.key)
-            if line is not None and ticket in line:
-                line.remove(ticket)
-                self.waiting_rows -= ticket.rows
-                if not line:
-                    del self._waiting[ticket.key]
+            if ticket.waiting:
+                self._step_out(ticket)
             self.waiting_steps -= ticket.rows * ticket.remaining
         return True
 
@@ -343,7 +339,20 @@ class Rounds(Generic[T]):
             line.append(ticket)
         else:
             insort(line, ticket, key=_order)
+        ticket.waiting = True
         self.waiting_rows += rows
+
+    def _step_out(self, ticket: T) -> None:
+        """A ticket leaves its line: found by its place in the order, since lines can be thousands long."""
+        line = self._waiting[ticket.key]
+        at = bisect_left(line, ticket.order, key=_order)
+        while line[at] is not ticket:
+            at += 1
+        del line[at]
+        ticket.waiting = False
+        self.waiting_rows -= ticket.rows
+        if not line:
+            del self._waiting[ticket.key]
 
     def _first(self) -> list[T]:
         """The line of who is to be served first."""

@@ -49,7 +49,7 @@ class Sequence(Ticket):
     ) -> None:
         self.order = 0.0  # of the ticket: it is queued nowhere yet
         self.deadline = None
-        self.gone = self.running = False
+        self.gone = self.running = self.waiting = False
         self.engine: Any = None  # that has it, where a model has several
         self.remaining = 0
         self.then = then

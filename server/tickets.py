@@ -10,7 +10,7 @@ from server.shares import Account
 class Ticket:
     """One sequence waiting or running. `remaining` counts the time steps still to do. One that is `padded` may be run by more."""
 
-    __slots__ = ("account", "cut", "deadline", "gone", "graph", "key", "order", "padded", "remaining", "rows", "running", "shared")
+    __slots__ = ("account", "cut", "deadline", "gone", "graph", "key", "order", "padded", "remaining", "rows", "running", "shared", "waiting")
 
     account: Account  # whose share it takes; set when it is admitted
     deadline: float | None
@@ -27,5 +27,5 @@ class Ticket:
         self.padded = padded
         self.deadline = None
         self.order = 0.0  # virtual time (shares.py); 0: was never queued
-        self.running = False
+        self.running = self.waiting = False  # waiting: it stands in a line
         self.gone = False  # cancelled, expired or finished: never to be chosen again

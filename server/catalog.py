@@ -11,8 +11,9 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from contract import bundle as contract
 from contract.bundle import Bundle, BundleError, Graph
@@ -63,6 +64,7 @@ class Model:
     engine: Engine
     tensors: Tensors
     task: Task | None
+    noted: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)  # what its callers' handlers find out once
 
 
 class Catalog:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Listed
 from typing import NamedTuple
 
+from server.abreast import Abreast
 from server.engine import Engine
 from server.rounds import Round
 from server.sequence import Sequence
@@ -124,7 +125,7 @@ class Feed:
 
     def round(self, engine: Engine, graph: str, round: Round[Sequence], started: float, ended: float) -> None:
         try:
-            parts = tuple(map(self._seen, round.tickets[:PARTS]))
+            parts = tuple(part for s in round.tickets[:PARTS] for part in self._seen(s))[:PARTS]
             with self._lock:
                 self._number += 1
                 self._rounds.append(Ran(self._number, engine.name, engine.version, graph, round.rows, round.steps, started, ended, parts))
@@ -139,20 +140,30 @@ class Feed:
                 last = self._last
                 self._took.extend([(last, model, s.queued + s.run) for s in sequences])
 
-    def _seen(self, s: Sequence) -> Seen:
-        number = (id(s) >> 4) * self._salt & 0xFFFF_FFFF  # tells sequences apart, and nothing of where they lie
+    def _seen(self, s: Sequence) -> Listed[Seen]:
         then = s.then
-        if getattr(then, "__func__", None) is not _TURN:
-            return _seen((number, "", 0, 0, s.rows))
-        turn: Turn = then.__self__  # type: ignore[attr-defined]
+        what = getattr(then, "__func__", None)
+        if what is _TURN:
+            turn: Turn = then.__self__  # type: ignore[attr-defined]
+            return (self._turn(s, turn, s.rows),)
+        if what is _TURNS:
+            together: Abreast[Turn] = then.__self__  # type: ignore[attr-defined]
+            return [self._turn(turn, turn, 1) for turn in together.works]
+        return (_seen((self._told_apart(s), "", 0, 0, s.rows)),)
+
+    def _turn(self, of: object, turn: Turn, rows: int) -> Seen:
         session = turn.session
         line = session.line
         try:
             first = line[0].turn
         except IndexError:  # closed meanwhile
             first = session.turn
-        return _seen((number, session.id, first, 1 + len(turn.joined), s.rows))
+        return _seen((self._told_apart(of), session.id, first, 1 + len(turn.joined), rows))
+
+    def _told_apart(self, of: object) -> int:
+        """A number that tells sequences apart, and nothing of where they lie."""
+        return (id(of) >> 4) * self._salt & 0xFFFF_FFFF
 
 
-_TURN = Turn._ran  # what a turn's sequence calls at its end
+_TURN, _TURNS = Turn._ran, Abreast.ran  # what a turn's sequence calls at its end, and that of several sessions' turns
 _seen = Seen._make

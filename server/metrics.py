@@ -44,7 +44,9 @@ TABLE = (
     Metric("seqserve_padded_row_steps_total", Counter, _MODEL, "Rows times steps run beyond a row's end, where a graph can't be cut"),
     Metric("seqserve_busy_seconds_total", Counter, _MODEL, "Seconds that threads spent in rounds; over the workers, how busy engines are"),
     Metric("seqserve_workers", Gauge, (), "Threads that run rounds"),
-    Metric("seqserve_sequences_total", Counter, (*_MODEL, "outcome"), "Sequences answered, failed, cancelled, expired"),
+    Metric(
+        "seqserve_sequences_total", Counter, (*_MODEL, "outcome"), "Sequences answered, failed, cancelled, expired; put apart, to run alone"
+    ),
     Metric("seqserve_queue_seconds", Histogram, _MODEL, "Seconds an answered sequence waited for rounds", _SECONDS),
     Metric("seqserve_task_seconds", Histogram, ("task", *_MODEL), "Seconds from a sequence's arrival in the queue to its answer", _SECONDS),
     Metric("seqserve_waiting", Gauge, _MODEL, "Sequences waiting or running"),
@@ -131,11 +133,11 @@ class Metrics(Collector):
     def left(self, engine: Engine, sequences: Listed[Sequence], outcome: str) -> None:
         with self._lock:
             watched = self._of(engine)
-            watched.outcomes[outcome] = watched.outcomes.get(outcome, 0) + len(sequences)
+            watched.outcomes[outcome] = watched.outcomes.get(outcome, 0) + sum([s.count for s in sequences])
             if outcome == "answered":
                 for sequence in sequences:
-                    watched.queued.add(sequence.queued)
-                    watched.task.add(sequence.queued + sequence.run)
+                    watched.queued.add(sequence.queued, sequence.count)
+                    watched.task.add(sequence.queued + sequence.run, sequence.count)
 
     def call(self, method: str, code: str, seconds: float) -> None:
         with self._lock:
@@ -207,9 +209,9 @@ class _Spread:
         copied.counts, copied.sum = list(self.counts), self.sum
         return copied
 
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def add(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += times * value
 
 
 class _Watched:

@@ -79,7 +79,7 @@ class Rounds(Generic[T]):
         self._above: float | None = None  # since when what is here takes longer than it may stand
         self._stands = False  # it has for a while
         self._pace = 0.0  # seconds that a ticket takes a step, in the fastest rounds of late
-        self.tickets = 0  # waiting or running
+        self.tickets = 0  # waiting or running, each by what it is all of
         self.waiting_rows = 0
         self.running_rows = 0
         self.under_way = 0  # rounds
@@ -99,11 +99,11 @@ class Rounds(Generic[T]):
             ticket.deadline = deadline
             self._note(ticket, deadline)
         ticket.account = account
-        self.tickets += 1
+        self.tickets += ticket.count
         self.waiting_steps += steps
         if not account.tickets:
             accounts.active += 1
-        account.tickets += 1
+        account.tickets += ticket.count
         account.steps += steps
         self._wait(ticket)
 
@@ -239,11 +239,11 @@ class Rounds(Generic[T]):
         if ticket.gone:
             return False
         ticket.gone = True
-        self.tickets -= 1
+        self.tickets -= ticket.count
         account = ticket.account
         if ticket.remaining:
             account.steps -= ticket.rows * ticket.remaining
-        account.tickets -= 1
+        account.tickets -= ticket.count
         if not account.tickets:
             self.accounts.emptied()
         if not ticket.running:

@@ -21,8 +21,9 @@ Array = np.ndarray[Any, Any]
 Inputs = Mapping[str, Array]
 Outputs = Mapping[str, Array]
 Packed = tuple[bytes, ...]
-"""One row's inputs as they came over the wire, in the graph's order: looked at and turned into numbers once a round, for all
-its rows together. Only where `Graph.packed` says that they can be, and of the right lengths; values are checked in the round."""
+"""Inputs as they came over the wire, in the graph's order, one row's after another's: looked at and turned into numbers once a
+round, for all its rows together. Only where `Graph.packed` says that they can be, and of the right lengths; values are checked in
+the round."""
 
 
 class Sequence(Ticket):
@@ -34,8 +35,8 @@ class Sequence(Ticket):
     """
 
     __slots__ = (
-        "cells", "done", "engine", "failed", "going", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state", "steps",
-        "then",
+        "apart", "cells", "done", "engine", "failed", "going", "inputs", "named", "parts", "queued", "rounds", "run", "since", "state",
+        "steps", "then",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +49,8 @@ class Sequence(Ticket):
         state: Rows | None = None,
     ) -> None:
         self.order = 0.0  # of the ticket: it is queued nowhere yet
+        self.count = 1
+        self.apart: Listed[Rows | None] = ()  # its rows' states where they lie apart, until its first round leaves them side by side
         self.deadline = None
         self.gone = self.running = self.waiting = False
         self.engine: Any = None  # that has it, where a model has several
@@ -131,6 +134,10 @@ class Views(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._graph.place)
 
+    def row(self, row: int) -> Views:
+        """One row's share of them. Not of ragged outputs."""
+        return Views(self._graph, [(results, first + row, 0, 0) for results, first, _, _ in self._parts], 1, self._steps)
+
     def data(self, tensor: Tensor) -> tuple[bytes, tuple[int, ...]]:
         """A numeric output's values as bytes in C order, and its shape."""
         place = self._graph.place[tensor.name]
@@ -161,7 +168,7 @@ def order(graph: Graph, sequences: Listed[Sequence]) -> Listed[Sequence]:
 
 
 def _where(s: Sequence) -> tuple[int, int]:
-    state = s.state
+    state = s.apart[0] if s.apart else s.state
     if state is None:
         return (0, 0)
     bank = state.bank
@@ -201,7 +208,13 @@ def carried(graph: Graph, sequences: Listed[Sequence], fresh: Callable[[int], Ro
     """Each sequence's state, one that has read nothing where it has none yet; nothing where the graph has no states."""
     if not graph.states:
         return []
-    return [s.state if s.state is not None else fresh(s.rows) for s in sequences]
+    found: list[Rows] = []
+    for s in sequences:
+        if s.apart:
+            found += [rows if rows is not None else fresh(1) for rows in s.apart]
+        else:
+            found.append(s.state if s.state is not None else fresh(s.rows))
+    return found
 
 
 def split(graph: Graph, sequences: Listed[Sequence], outputs: Listed[Array], bank: Bank, steps: int) -> None:
@@ -215,6 +228,7 @@ def split(graph: Graph, sequences: Listed[Sequence], outputs: Listed[Array], ban
         cells = int(_cells(s).sum()) if s.cells is not None else 0
         s.done += steps
         s.state = Rows(axes, bank, start, rows)
+        s.apart = ()
         part = (shared, start, cell, cells)
         if timed and s.parts:
             s.parts.append(part)
@@ -225,16 +239,24 @@ def split(graph: Graph, sequences: Listed[Sequence], outputs: Listed[Array], ban
 
 
 def _packed(tensor: Tensor, place: int, sequences: Listed[Sequence], steps: int) -> Array:
-    """One row of each sequence, from bytes to numbers all at once."""
+    """All rows of the sequences, from bytes to numbers at once."""
     size = tensor.packed
     parts: list[bytes] = []
+    rows = 0
     for s in sequences:
         assert isinstance(s.inputs, tuple)
         part = s.inputs[place]
-        parts.append(part if s.steps == steps else part[s.done * size : (s.done + steps) * size])
+        rows += s.rows
+        if s.steps == steps or tensor.time_axis is None:
+            parts.append(part)
+        elif s.rows == 1:
+            parts.append(part[s.done * size : (s.done + steps) * size])
+        else:
+            whole = s.steps * size
+            parts += [part[at + s.done * size : at + (s.done + steps) * size] for at in range(0, s.rows * whole, whole)]
     array = np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), tensor.numpy_dtype)
     check_values(tensor, array)
-    return array.reshape((len(parts), steps, *tensor.axes[2:]) if tensor.time_axis == 1 else (len(parts), *tensor.axes[1:]))
+    return array.reshape((rows, steps, *tensor.axes[2:]) if tensor.time_axis == 1 else (rows, *tensor.axes[1:]))
 
 
 def _part(tensor: Tensor, place: int, s: Sequence, steps: int) -> Array:

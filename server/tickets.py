@@ -10,7 +10,10 @@ from server.shares import Account
 class Ticket:
     """One sequence waiting or running. `remaining` counts the time steps still to do. One that is `padded` may be run by more."""
 
-    __slots__ = ("account", "cut", "deadline", "gone", "graph", "key", "order", "padded", "remaining", "rows", "running", "shared", "waiting")
+    __slots__ = (
+        "account", "count", "cut", "deadline", "gone", "graph", "key", "order", "padded", "remaining", "rows", "running", "shared",
+        "waiting",
+    )  # fmt: skip
 
     account: Account  # whose share it takes; set when it is admitted
     deadline: float | None
@@ -22,6 +25,7 @@ class Ticket:
         self.graph = graph
         self.rows = rows
         self.remaining = remaining
+        self.count = 1  # calls or turns that it is all of
         self.cut = cut
         self.shared = shared
         self.padded = padded

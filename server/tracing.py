@@ -173,6 +173,11 @@ class TracedWorkers(Workers):
         super().__init__(threads)
         self.seen: dict[Sequence, _Seen] = {}
 
+    @property
+    def gathers(self) -> bool:
+        """Turns of several callers as one sequence could be of one's trace only, and of none once their handlers have returned."""
+        return False
+
     def submit(self, engine: Engine, sequence: Sequence, claim: Claim) -> None:
         self.seen[sequence] = _Seen(_current.context)
         try:

@@ -1,9 +1,9 @@
 """How the turns of live sessions are run: `sessions.py` decides, the engine runs, `shelf.py` keeps, this file joins them.
 
-A turn runs as a sequence from the session's state; turns sent ahead follow at once, as one longer sequence where they may be
-joined (joined.py), else one after another. All turns that a round completed are stored and applied together after it, and only
-then answered; what fails changes nothing. A caller that
-leaves does not stop a turn that was begun: it may come back for the reply. A session has at most one sequence under way.
+A turn runs as a sequence from the session's state, or as a row of one, with other sessions' turns that arrived with it
+(abreast.py). Turns sent ahead follow at once, as one longer sequence where they may be joined (joined.py), else one after another.
+All turns that a round completed are stored and applied together after it, and only then answered; what fails changes nothing. A
+caller that leaves does not stop a turn that was begun: it may come back for the reply. A session has at most one sequence under way.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listed
 from contextlib import suppress
 
+from server import abreast
 from server.catalog import Model
 from server.engine import Clock
 from server.errors import Conflict, ModelFailed, ServeError
@@ -94,11 +95,17 @@ class Turn(ABC):
     session: Session
     model: Model
 
-    def start(self, turns: Turns, session: Session, model: Model, behind: Listed[Turn] = ()) -> None:
-        """Run from the session's state, with those behind it that may be joined. Raises InvalidInput, Overloaded, Draining."""
+    def ready(self, turns: Turns, session: Session, model: Model) -> None:
+        """See how it is run from the session's state. Raises InvalidInput."""
         self.turns, self.session, self.model = turns, session, model
         memory: Memory = session.state
-        plan = self.plan = self.brought(model, memory.rest)
+        self.plan = self.brought(model, memory.rest)
+
+    def start(self, behind: Listed[Turn] = ()) -> None:
+        """Run, with those behind it that may be joined. It is ready. Raises Overloaded, Draining."""
+        model, plan = self.model, self.plan
+        memory: Memory = self.session.state
+        assert plan is not None, "it is ready"
         part = plan.inputs or plan.glance
         assert part is not None, "a plan runs something"
         self.joined = self._join(behind, min(model.engine.rounds.limits.chunk, model.bundle.graph.max_time)) if behind else ()
@@ -185,14 +192,17 @@ class Turns:
     def __init__(self, shelf: Shelf, workers: Workers, clock: Clock = time.monotonic) -> None:
         self.shelf = shelf
         self._sessions = shelf.sessions
-        self._changed = shelf.changed
+        self._lock = shelf.lock
         self._clock = clock
         self._round = _Round()
         self._shared: deque[list[_Ran]] = deque()  # by round, those whose states may still lie in its bank
         self._sharing = 0  # turns of these rounds
         self._errands = shelf.errands if shelf.keeps else None
         self._waiting: deque[list[_Ran]] = deque()  # by round, for a store that takes its time
+        self._workers = workers
+        self._ready: list[Session] = []  # whose first turn in line is to run, of this round of the front's thread
         workers.after_round = self._after_round
+        workers.gather = self._gather
 
     def turn(self, id: str, turn: int | None, digest: bytes, work: Turn, acknowledged: int | None, *, sure: bool = False) -> None:
         """Take a turn; it is told once of its reply or why there is none, from this thread or a worker's. Be `sure`, and ask the
@@ -202,7 +212,7 @@ class Turns:
         nothing (None) has the reply of every turn before this one.
         """
         sessions = self._sessions
-        with self._changed:
+        with self._lock:
             session = None if sure else sessions.live(id)
             if session is not None:
                 begun = self._begin(session, turn, digest, work, acknowledged)
@@ -212,7 +222,11 @@ class Turns:
         if begun.reply is not None:
             work.told(begun.reply)
         elif begun.run:
-            self._run(session)
+            if self._workers.gathers:  # others may come with it: see what can run together when all that arrived was taken
+                self._ready.append(session)
+                self._workers.bring()
+            else:
+                self._run(session)
 
     def _begin(self, session: Session, turn: int | None, digest: bytes, work: Turn, acknowledged: int | None) -> Begun:
         if turn is None:
@@ -231,7 +245,7 @@ class Turns:
         return kept
 
     def _end(self, id: str, why: str) -> Kept:
-        with self._changed:
+        with self._lock:
             session = self._sessions.close(id, why)
             dropped = self._sessions.abort(session)
             told: ServeError = taken(session) if why == "taken" else self._sessions.ended(id)
@@ -241,21 +255,86 @@ class Turns:
             self._flush(dropped)
         return session.kept
 
+    def _gather(self) -> None:
+        """The front's thread has taken what had arrived."""
+        if self._ready:
+            ready, self._ready = self._ready, []
+            self._run_all(ready)
+
+    def _run_all(self, sessions: Listed[Session]) -> None:
+        """Start the first turn in line of each session; those that may, as rows of one sequence."""
+        if len(sessions) == 1:
+            self._run(sessions[0])
+            return
+        lots: dict[tuple[object, ...], list[Turn]] = {}
+        fits: dict[int, bool] = {}  # by model
+        for session in sessions:
+            work = self._first(session)
+            if work is None:
+                continue
+            part, model, claim = work.packed, work.model, work.claim
+            fit = fits.get(id(model))
+            if fit is None:
+                fit = fits[id(model)] = abreast.sharable(model.bundle.graph)
+            if part is None or not fit or work.alone or len(session.line) > 1:
+                self._start(work)
+                continue
+            where = abreast.home(session.state.rows) if model.engine.others else None
+            lots.setdefault((id(model), part[1].steps, claim.flow, claim.level, claim.deadline, where), []).append(work)
+        for lot in lots.values():
+            limits = lot[0].model.engine.rounds.limits
+            for works in abreast.lots(lot, limits.share, limits.workers):
+                if len(works) == 1:
+                    self._start(works[0])
+                else:
+                    self._start_abreast(works)
+
     def _run(self, session: Session) -> None:
         """Start the first turn in line, from the session's state."""
-        work: Turn = session.line[0].work
+        work = self._first(session)
+        if work is not None:
+            self._start(work)
+
+    def _first(self, session: Session) -> Turn | None:
+        """The first turn in line, which knows how it is run; None where it can't be, which it was told."""
         try:
-            model = self.shelf.runs(session)
-            behind: list[Turn] = []
-            if len(session.line) > 1 and joinable(model.bundle.graph):
-                with self._changed:
-                    behind = [pending.work for pending in itertools.islice(session.line, 1, None)]
-            work.start(self, session, model, behind)
-        except ServeError as e:
-            self.failed(session, e)
+            work: Turn = session.line[0].work
+        except IndexError:  # closed meanwhile
+            return None
+        try:
+            work.ready(self, session, self.shelf.runs(session))
         except Exception as e:  # a task's bug must end this turn, not leave the session waiting for it
-            log.exception("session %s: a turn could not be run", session.id)
-            self.failed(session, ModelFailed("TURN_FAILED", f"the turn could not be run: {e}"))
+            self._not_run(session, e)
+            return None
+        return work
+
+    def _start(self, work: Turn) -> None:
+        session = work.session
+        try:
+            behind: list[Turn] = []
+            if len(session.line) > 1 and joinable(work.model.bundle.graph):
+                with self._lock:
+                    behind = [pending.work for pending in itertools.islice(session.line, 1, None)]
+            work.start(behind)
+        except Exception as e:  # likewise
+            self._not_run(session, e)
+
+    def _start_abreast(self, works: Listed[Turn]) -> None:
+        first = works[0]
+        try:
+            parts = [part for work in works if (part := work.packed) is not None]
+            states = [work.session.state.rows for work in works]
+            sequence = abreast.Abreast(works, self._ran_abreast, self.apart).sequence(first.model.bundle.main, parts, states)
+            first.model.engine.submit(sequence, first.claim)
+        except Exception as e:  # likewise
+            for work in works:
+                self._not_run(work.session, e)
+
+    def _not_run(self, session: Session, e: Exception) -> None:
+        if not isinstance(e, ServeError):
+            log.error("session %s: a turn could not be run", session.id, exc_info=e)
+            e = ModelFailed("TURN_FAILED", f"the turn could not be run: {e}")
+        self.failed(session, e)
 
     def apart(self, work: Turn) -> None:
         """Turns that ran together failed: each runs alone, so that only the culprit is told."""
@@ -263,7 +342,7 @@ class Turns:
         for turn in (work, *work.joined):
             turn.alone = True
         work.joined = ()
-        with self._changed:
+        with self._lock:
             there = bool(session.line) and session.line[0].work is work
         if there:
             self._run(session)
@@ -306,6 +385,23 @@ class Turns:
             replies = (plan.answer(outputs, sequence),)
         self._round.ran.append(_Ran(session, replies, Memory(rows, plan.rest)))
 
+    def _ran_abreast(self, works: Listed[Turn], sequence: Sequence, outputs: Views) -> None:
+        """The same of turns that ran as the rows of one sequence."""
+        ran, state = self._round.ran, sequence.state
+        assert state is not None, "sessions have states"
+        axes, bank, start = state.axes, state.bank, state.start
+        for row, work in enumerate(works):
+            session, plan = work.session, work.plan
+            if not session.line or session.line[0].work is not work:
+                continue  # closed meanwhile
+            assert plan is not None
+            try:
+                reply = plan.answer(outputs.row(row), sequence)
+            except Exception as e:  # what is wrong with one answer is no other's
+                self._not_run(session, e)
+                continue
+            ran.append(_Ran(session, (reply,), Memory(Rows(axes, bank, start + row, 1), "")))
+
     def _after_round(self) -> None:
         """All turns that a round of this thread completed: store them in one commit, apply them, answer, and go on with what
         waits in line. Stored before they are applied: nobody is told of a turn that a crash could undo."""
@@ -335,7 +431,7 @@ class Turns:
         closed: list[Session] = []
         told: list[tuple[Session, list[Pending], Listed[bytes]]] = []
         now = self._clock()
-        with self._changed:
+        with self._lock:
             for r in ran:
                 session = r.session
                 if session.id in moved:
@@ -347,13 +443,15 @@ class Turns:
             old = self._grown_old(ran)
         for _, done, replies in told:
             for pending, reply in zip(done, replies, strict=True):
-                self._tell((pending,), reply)
+                self._deliver(pending.work, reply)
+                for work in pending.again:
+                    self._deliver(work, reply)
         following = self._told([session for session, _, _ in told])
         self._flush(pending for _, done, _ in told for pending in done)
         for r in ran:
             r.replies = ()  # the session has it; `ran` is kept for the states' sake
-        for session in following:
-            self._run(session)
+        if following:
+            self._run_all(following)
         if old:
             self._own(old)
         for id in moved:
@@ -367,7 +465,7 @@ class Turns:
         """All that was applied was told of: tell those as well who sent it again meanwhile. Gives the sessions that go on."""
         following: list[Session] = []
         while sessions:
-            with self._changed:
+            with self._lock:
                 repeated = [(session, again) for session in sessions if (again := self._sessions.told(session))]
                 following += [session for session in sessions if session.line and not session.telling]
             for work, reply in (each for _, again in repeated for each in again):
@@ -382,7 +480,7 @@ class Turns:
         for session in closed:
             written: Kept | Session | None = session  # nothing yet
             while True:  # whatever changed while it was written is written again
-                with self._changed:
+                with self._lock:
                     now = self._sessions.live(session.id)
                     kept = None if now is None else now.kept
                     away = self._sessions.away(session.id)
@@ -393,7 +491,7 @@ class Turns:
 
     def _store(self, ran: list[_Ran]) -> frozenset[str] | None:
         """Store what was run; gives the ids that another server has taken up since, or None where nothing could be stored."""
-        with self._changed:
+        with self._lock:
             kept = [self._sessions.applied(r.session, r.replies, r.memory) for r in ran if r.session.line]
         try:
             return self.shelf.write(kept)
@@ -422,14 +520,14 @@ class Turns:
         if not idle:
             return
         settled = settle([rows for _, rows in idle])
-        with self._changed:
+        with self._lock:
             for (r, rows), own in zip(idle, settled, strict=True):
                 if r.session.state is r.memory and own is not rows:
                     r.session.state = Memory(own, r.memory.rest)
 
     def failed(self, session: Session, error: ServeError) -> None:
         """The first turn in line could not be run: it is told why, those behind it that they come too early now."""
-        with self._changed:
+        with self._lock:
             dropped = self._sessions.abort(session)
         if not dropped:
             return

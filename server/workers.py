@@ -51,12 +51,14 @@ class Workers:
     def __init__(self, threads: int, clock: Clock = time.monotonic, brief: float = BRIEF) -> None:
         self.virtual = Virtual()
         self.after_round: Callable[[], None] = lambda: None  # called by whoever ran a round when all of it was answered
+        self.gather: Callable[[], None] = lambda: None  # called by the attendant before it looks for rounds
         self.onlooker: Onlooker | None = None  # None while nobody watches: then it costs one look at this
         self._clock = clock
         self._brief = brief
         self.worth = WORTH / max(1, threads)
         self._engines: list[Engine] = []
-        self._wake = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # of `_wake`: to take it by itself costs half as much
+        self._wake = threading.Condition(self._lock)
         self._attendant = 0  # the thread that attends
         self._attending = False  # it is about: it will look for brief rounds before it sleeps
         self._brought = 0  # rows, since it last looked
@@ -72,16 +74,16 @@ class Workers:
             thread.start()
 
     def add(self, engine: Engine) -> None:
-        with self._wake:
+        with self._lock:
             self._engines = [*self._engines, engine]
             self._full = max(e.rounds.limits.rows for e in self._engines)
 
     def remove(self, engine: Engine) -> None:
-        with self._wake:
+        with self._lock:
             self._engines = [e for e in self._engines if e is not engine]
 
     def retire(self, engine: Engine) -> None:
-        with self._wake:
+        with self._lock:
             engine.retired = True
             if not engine.rounds.tickets:
                 self._forget(engine)
@@ -90,38 +92,38 @@ class Workers:
         now = self._clock()
         if claim.deadline is not None and claim.deadline <= now:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline had passed when the request arrived")
-        with self._wake:
+        with self._lock:
             if engine.retired:
                 raise NotFound("UNLOADED", f"model {engine.name!r} version {engine.version} was unloaded", model=engine.name)
             if self._draining:
                 raise Draining("DRAINING", "the server is shutting down; send the request again")
             engine.enqueue(sequence, claim, now)
-            if self._attending and threading.get_ident() == self._attendant:
+            if self.attended:
                 self._brought += sequence.rows
             else:
                 self._wake.notify()
 
     def cancel(self, engine: Engine, sequence: Sequence) -> None:
-        with self._wake:
+        with self._lock:
             left = sequence.order > 0 and engine.rounds.leave(sequence)
         if left:
             engine.watch.left(engine, [sequence], "cancelled")
 
     def waited(self, engine: Engine) -> tuple[float, float]:
         now = self._clock()
-        with self._wake:
+        with self._lock:
             since = min((s.since for s in engine.rounds.everyone()), default=now)
             return max(0.0, now - since), engine.rounds.expected_wait() if engine.rounds.tickets else 0.0
 
     def drain(self, seconds: float) -> bool:
         """Take nothing new; wait until what is here is done. False where `seconds` did not suffice."""
-        with self._wake:
+        with self._lock:
             self._draining = True
             return self._wake.wait_for(self._idle, seconds)
 
     def stop(self) -> None:
         """End the threads after the rounds they run; whoever still waits is told."""
-        with self._wake:
+        with self._lock:
             self._draining = self._stopping = True
             left = [s for e in self._engines for s in e.rounds.everyone() if e.rounds.leave(s)]
             self._wake.notify_all()
@@ -135,7 +137,7 @@ class Workers:
 
     def step(self) -> bool:
         """Do in this thread what is due now: tell the late, run one round. False where nothing was due."""
-        with self._wake:
+        with self._lock:
             due = self._take()
         if due is not None:
             self._do(*due)
@@ -147,6 +149,20 @@ class Workers:
         self._attending = True
 
     @property
+    def attended(self) -> bool:
+        """Whether this thread attends."""
+        return self._attending and threading.get_ident() == self._attendant
+
+    @property
+    def gathers(self) -> bool:
+        """Whether what this thread is about to submit may wait until it is to `gather`: others may come by then."""
+        return self.attended
+
+    def bring(self) -> None:
+        """The attendant has a row more to submit when it is to gather."""
+        self._brought += 1
+
+    @property
     def enough(self) -> bool:
         """Whether the attendant brought a full round's rows since it last looked."""
         return self._brought >= self._full
@@ -154,7 +170,8 @@ class Workers:
     def brief(self) -> bool:
         """Run one brief round in this thread. False where there is none: then workers were woken for what else there is, and
         take what comes, until this thread attends again."""
-        with self._wake:
+        self.gather()
+        with self._lock:
             chosen = None
             now = self._clock()
             late = self._late(now)
@@ -180,7 +197,7 @@ class Workers:
 
     def _work(self) -> None:
         while True:
-            with self._wake:
+            with self._lock:
                 while (due := self._take(worker=True)) is None:
                     if self._stopping:
                         return
@@ -210,7 +227,7 @@ class Workers:
             if chosen is not None:
                 self._run(*chosen)
         finally:
-            with self._wake:
+            with self._lock:
                 self._running -= 1
                 if self._draining and self._idle():
                     self._wake.notify_all()
@@ -236,6 +253,7 @@ class Workers:
 
     def _run(self, engine: Engine, round: Round[Sequence]) -> None:
         sequences = round.tickets
+        count = sum([s.count for s in sequences])
         started = self._clock()
         graph = sequences[0].graph
         spent = Spent()
@@ -247,10 +265,10 @@ class Workers:
             s.run += seconds
             s.rounds += 1
             s.since = ended
-        with self._wake:
+        with self._lock:
             row_steps = engine.rounds.done(round, seconds)
         rows = round.rows
-        engine.watch.round(engine, graph, len(sequences), rows, round.steps, row_steps, spent)
+        engine.watch.round(engine, graph, count, rows, round.steps, row_steps, spent)
         if (onlooker := self.onlooker) is not None:
             onlooker.round(engine, graph, round, started, ended)
         again: list[Sequence] = []
@@ -259,7 +277,7 @@ class Workers:
             if s.gone:
                 continue
             if failed and s in failed:
-                self._leave(engine, [s], "failed")
+                self._leave(engine, [s], "failed" if s.count == 1 else "apart")
                 _tell(s.failed, failed[s])
             elif s.remaining:
                 again.append(s)
@@ -274,11 +292,12 @@ class Workers:
                     _tell(s.failed, e)
                     continue
                 (again if s.going else answered).append(s)
+        told = sum([s.count for s in answered])
         if answered:
-            engine.watch.told(engine, rows, len(answered), self._clock() - ended)
+            engine.watch.told(engine, rows, told, self._clock() - ended)
             self._leave(engine, answered, "answered")
-        with self._wake:
-            engine.ran(seconds, len(answered))
+        with self._lock:
+            engine.ran(seconds, told)
         try:
             self.after_round()
         except Exception:  # what is done for some sequences of a round must not keep the others from going on
@@ -287,7 +306,7 @@ class Workers:
             self._again(engine, again)
 
     def _again(self, engine: Engine, sequences: Listed[Sequence]) -> None:
-        with self._wake:
+        with self._lock:
             for s in sequences:
                 if s.gone:
                     continue
@@ -296,12 +315,12 @@ class Workers:
                 else:
                     graph = engine.graphs[s.graph].graph
                     engine.rounds.turn(s, key(engine, s), s.rows, s.steps, cut=graph.cut, shared=graph.shared, padded=graph.padded)
-            if self._asleep and not (self._attending and threading.get_ident() == self._attendant):
+            if self._asleep and not self.attended:
                 self._wake.notify()
 
     def _leave(self, engine: Engine, sequences: list[Sequence], how: str) -> None:
         if sequences:
-            with self._wake:
+            with self._lock:
                 for s in sequences:
                     engine.rounds.leave(s)
                 if engine.retired and not engine.rounds.tickets:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,72 +24,9 @@ from server.config import Config
 from server.inputs import Sizes
 from server.records import Record
 from server.rpc import wire as on_the_wire
-from server.rpc.answer import Answer, Desk
-from server.rpc.front import Metadata
-from server.rpc.sessions import _Stream
 from server.sequence import Sequence
-from tests import models
 from tests.models import FLOAT, INT64, OPSET
-
-WIDTH = 16
-
-
-class Wire:
-    """A call whose stream of turns is played by hand: no port, no threads."""
-
-    method, metadata, peer, deadline, waiting = "/Turns", (), "here", None, 0
-
-    def __init__(self, app: App) -> None:
-        self.replies: list[pb.TurnReply] = []
-        self.meanwhile: list[Callable[[], object]] = []  # what comes before the next replies are away
-        self.stream = _Stream(app.turns, self, Answer(Desk(app.metrics, False), self, "/Turns"))
-
-    def reply(self, message: bytes, trailing: Metadata = ()) -> None:
-        while self.meanwhile:
-            self.meanwhile.pop()()
-        self.replies += pb.TurnsReply.FromString(message).turns
-
-    def finish(self, trailing: Metadata = ()) -> None:
-        raise AssertionError("nobody ended the stream")
-
-    def fail(self, status: object, message: str, trailing: Metadata = ()) -> None:
-        raise AssertionError(message)
-
-    def on_gone(self, callback: Callable[[], None]) -> None:
-        pass
-
-    def send(self, *turns: pb.TurnRequest) -> None:
-        self.stream.on_message(pb.TurnsRequest(turns=turns).SerializeToString())
-
-
-@contextmanager
-def server(store: str, chunk: int = 32) -> Iterator[App]:
-    """A server without threads: rounds are run by who asks."""
-    with tempfile.TemporaryDirectory() as name:
-        models.two_layers(Path(name, "models", "two_layers", "1"), hidden=12)
-        place = store.replace("PLACE", f"{name}/store")
-        app = App(Config(models=Path(name, "models"), workers=1, chunk=chunk, store=place, metrics_port=-1))
-        app.catalog.scan(Path(name, "models"))
-        yield app
-        app.store.close()
-
-
-def run(app: App) -> int:
-    """Everything that is due; how many rounds that took."""
-    rounds = 0
-    while app.workers.step():
-        rounds += 1
-    return rounds
-
-
-def request(session: str, number: int, x: np.ndarray, acknowledged: int = 0) -> pb.TurnRequest:
-    tensor = pb.Tensor(name="x", datatype="FP32", shape=x.shape, data=x.tobytes())
-    return pb.TurnRequest(session=session, turn=number, acknowledged=acknowledged, tensors=pb.Tensors(tensors=[tensor]))
-
-
-def pieces(seed: int, turns: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(1, int(rng.integers(1, 5)), WIDTH)).astype(np.float32) for _ in range(turns)]
+from tests.played import WIDTH, Wire, pieces, request, run, server, untimed
 
 
 @settings(max_examples=25, deadline=None)
@@ -122,7 +58,7 @@ def test_nobody_can_tell(seed: int, sessions: int, turns: int, chunk: int, bad: 
             run(app)
             first = {(r.session, r.turn): r for r in wire.replies}
             assert all(r.timing.rounds >= 1 and r.timing.run > 0 and r.timing.queue >= 0 for r in first.values() if not r.refusal.code)
-            told.append({place: r.refusal.reason.encode() or _untimed(r) for place, r in first.items()})
+            told.append({place: r.refusal.reason.encode() or untimed(r) for place, r in first.items()})
             for id in brought:
                 assert [r.turn for r in wire.replies if r.session == id] == list(range(1, turns + 1))
             for id, xs in brought.items():
@@ -142,14 +78,6 @@ def test_nobody_can_tell(seed: int, sessions: int, turns: int, chunk: int, bad: 
                     assert b"".join(a.tobytes() for a in kept[id].arrays or ()) == states
     assert told[0] == told[1]
     assert left[0] == left[1]
-
-
-def _untimed(reply: pb.TurnReply) -> bytes:
-    """What depends on what was sent alone."""
-    plain = pb.TurnReply()
-    plain.CopyFrom(reply)
-    plain.ClearField("timing")
-    return plain.SerializeToString()
 
 
 @given(st.integers(1, 15), st.floats(0, 1e6), st.floats(0, 1e6), st.integers(0, 2**32 - 1))
@@ -183,7 +111,8 @@ def test_one_round_and_one_commit_for_all_that_wait() -> None:
             app.shelf.open("two_layers", "", "s")
             app.workers.after_round = _counted(app, commits)
             x = np.ones((1, 1, WIDTH), np.float32)
-            wire.send(*(request("s", n, x) for n in range(1, waiting + 2)))
+            wire.send(request("s", 1, x))
+            wire.send(*(request("s", n, x) for n in range(2, waiting + 2)))
             assert run(app) == rounds
             assert commits == [1] + [waiting + 1 if waiting == 32 else 33] + [34] * (waiting == 33)
             assert [r.turn for r in wire.replies] == list(range(1, waiting + 2))
@@ -218,7 +147,8 @@ def test_a_session_that_is_closed_amid_joined_turns() -> None:
         wire = Wire(app)
         app.shelf.open("two_layers", "", "s")
         x = np.ones((1, 1, WIDTH), np.float32)
-        wire.send(*(request("s", n, x) for n in range(1, 9)))
+        wire.send(request("s", 1, x))
+        wire.send(*(request("s", n, x) for n in range(2, 9)))
         assert app.workers.step()
         app.turns.close("s")
         run(app)
@@ -288,16 +218,17 @@ def test_a_turn_sent_again_before_it_is_told_of_is_told_after_it(monkeypatch: py
     with server("memory") as app:
         wire, xs = Wire(app), pieces(0, 3)
         app.shelf.open("two_layers", "", "a")
-        wire.send(*(request("a", n + 1, x) for n, x in enumerate(xs)))
+        wire.send(request("a", 1, xs[0]))
+        wire.send(*(request("a", n + 2, x) for n, x in enumerate(xs[1:])))
         assert app.workers.step(), "the first; the others wait, and run together"
-        tell = app.turns._tell
+        deliver = app.turns._deliver
 
-        def told(*arguments: object) -> None:
+        def told(*arguments: Any) -> None:
             monkeypatch.undo()
             wire.send(request("a", 3, xs[2]))
-            tell(*arguments)
+            deliver(*arguments)
 
-        monkeypatch.setattr(app.turns, "_tell", told)
+        monkeypatch.setattr(app.turns, "_deliver", told)
         run(app)
         assert [r.turn for r in wire.replies] == [1, 2, 3, 3]
         assert len({r.SerializeToString() for r in wire.replies}) == 3

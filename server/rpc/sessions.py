@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Listed
 from functools import lru_cache, partial
 from hashlib import blake2b
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from contract.bundle import Graph, Tensor
+from contract.bundle import Tensor
 from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server.catalog import Model
@@ -28,7 +29,7 @@ from server.rpc.answer import Answer, Desk, malformed
 from server.rpc.front import Call, Method, Receiver
 from server.rpc.generation import read_wishes, write_generated
 from server.rpc.tasks import read_series, write_classification, write_series, write_timing
-from server.sequence import Inputs, Outputs, Sequence, Views
+from server.sequence import Inputs, Outputs, Packed, Sequence, Views
 from server.sessions import Kept
 from server.shares import Claim
 from server.shelf import Shelf
@@ -269,6 +270,7 @@ def _names(request: Message) -> list[str]:
     return [name for name in names if name]
 
 
+FORMS = 4096  # of turns and replies that are known of a model; then all are forgotten
 JOINED = 256 << 10  # bytes: replies of one round are sent together up to this, or a message could outgrow what clients accept
 
 
@@ -286,16 +288,19 @@ def _behind(turn: pb.TurnRequest, refused: int) -> Conflict:
 class _Asked(Turn):
     """A turn as it came over the wire; read when it is its time to run."""
 
-    __slots__ = ("kind", "request")
+    __slots__ = ("data", "id", "kind", "number", "request")
 
     def __init__(self, request: pb.TurnRequest, claim: Claim) -> None:
         super().__init__(claim)
         self.request = request
+        self.id = request.session
+        self.number = request.turn
         self.kind: str | None = request.WhichOneof("input")
+        self.data = b""  # what it brings, serialised
 
     def brought(self, model: Model, rest: str) -> Plan:
         if self.kind == "tensors":
-            return _tensors(model, self.request)
+            return _tensors(model, self)
         if self.kind == "text":
             return _text(model, self.request, rest)
         if self.kind == "generate":
@@ -348,39 +353,91 @@ def _take(turns: Turns, request: pb.TurnRequest, work: _Asked, caller: Caller | 
             "NO_INPUT", "the turn brings nothing; send tensors, observations, text or generate", session=request.session, turn=request.turn
         )
     part = getattr(request, kind)
-    data = part.encode() if isinstance(part, str) else part.SerializeToString(deterministic=True)
+    work.data = data = part.encode() if isinstance(part, str) else part.SerializeToString(deterministic=True)
     digest = blake2b(data, digest_size=16, person=_PERSONS[kind]).digest()
-    id = request.session if caller is None else caller.tenant.prefix + request.session
-    turns.turn(id, request.turn, digest, work, request.acknowledged, sure=sure)
+    id = work.id if caller is None else caller.tenant.prefix + work.id
+    turns.turn(id, work.number, digest, work, request.acknowledged, sure=sure)
 
 
 _PERSONS = {kind: kind.encode() for kind in ("tensors", "observations", "text", "generate")}
 
 
-def _tensors(model: Model, request: pb.TurnRequest) -> Plan:
+def _tensors(model: Model, work: _Asked) -> Plan:
+    data = work.data
+    form: _Form | None = model.noted.get(len(data))
+    if form is not None and (packed := form.read(data)) is not None:
+        return Plan(partial(_reply, work.id, work.number, model), inputs=(packed, form.sizes))
     graph = model.bundle.graph
-    tensors = request.tensors.tensors
+    tensors = work.request.tensors.tensors
     if graph.packed is not None and len(tensors) == len(graph.inputs):
         steps, packed = wire.read_packed(graph, tensors, [t.data for t in tensors])
         if packed is not None:
-            return Plan(partial(_reply, request, graph), inputs=(packed, Sizes(1, steps)))
+            _note(model, work, packed, sizes := Sizes(1, steps))
+            return Plan(partial(_reply, work.id, work.number, model), inputs=(packed, sizes))
     if graph.ragged:
         raise InvalidInput("TASK_ONLY", f"model {model.name!r} can't be called by tensors", model=model.name)
-    inputs = {t.name: wire.read(t.name, t.datatype, t.shape, t.data) for t in tensors}
-    return Plan(partial(_reply, request, graph), inputs=(inputs, check(graph, inputs, 1)))
+    inputs: dict[str, Any] = {}
+    for t in tensors:
+        if t.name in inputs:
+            raise wire.repeated(t.name)
+        inputs[t.name] = wire.read(t.name, t.datatype, t.shape, t.data)
+    return Plan(partial(_reply, work.id, work.number, model), inputs=(inputs, check(graph, inputs, 1)))
 
 
-def _reply(request: pb.TurnRequest, graph: Graph, outputs: Views, ran: Sequence) -> bytes:
-    """A serialised TurnReply, put together from parts: most of it is the same for every turn of a model."""
+class _Form:
+    """Serialised Tensors of a form that was seen before, but for their values: read without a look at what never changes."""
+
+    __slots__ = ("_parts", "sizes")
+
+    def __init__(self, parts: Listed[tuple[bytes, int]], sizes: Sizes) -> None:
+        self._parts = parts  # of each tensor what stands before its values, and their bytes
+        self.sizes = sizes
+
+    def read(self, data: bytes) -> Packed | None:
+        """The values; None where these are of another form. `data` is as long as this one is."""
+        packed = []
+        at = 0
+        for head, size in self._parts:
+            if not data.startswith(head, at):
+                return None
+            at += len(head)
+            packed.append(data[at : at + size])
+            at += size
+        return tuple(packed)
+
+
+def _note(model: Model, work: _Asked, packed: Packed, sizes: Sizes) -> None:
+    """Know a turn's form again, by its length: of two of one length the last that was seen counts."""
+    shapes = [tuple(t.shape) for t in work.request.tensors.tensors]
+    heads = [_head(t, shape, len(values)) for t, shape, values in zip(model.bundle.graph.inputs, shapes, packed, strict=True)]
+    parts = [(head, len(values)) for head, values in zip(heads, packed, strict=True)]
+    if b"".join(part for pair in zip(heads, packed, strict=True) for part in pair) == work.data:
+        _keep(model, len(work.data), _Form(parts, sizes))
+
+
+def _keep(model: Model, key: object, found: object) -> None:
+    if len(model.noted) >= FORMS:
+        model.noted.clear()
+    model.noted[key] = found
+
+
+def _reply(id: str, turn: int, model: Model, outputs: Views, ran: Sequence) -> bytes:
+    """A serialised TurnReply, put together from parts: most of it is the same for every turn of a model. It is not given the turn,
+    which knows it: that would be a ring, left for the garbage collector."""
     values: list[bytes] = []
     size = 0
-    for tensor in graph.outputs:
+    noted = model.noted
+    for place, tensor in enumerate(model.bundle.graph.outputs):
         data, shape = wire.bytes_of(tensor, outputs)
-        head = _head(tensor, shape, len(data))
+        key = (place, len(data), shape)
+        head: bytes | None = noted.get(key)
+        if head is None:
+            head = _head(tensor, shape, len(data))
+            _keep(model, key, head)
         size += len(head) + len(data)
         values += (head, data)
-    session = request.session.encode()
-    number, timing = wire.varint(request.turn), wire.timing(_TIMING, ran)
+    session = id.encode()
+    number, timing = wire.varint(turn), wire.timing(_TIMING, ran)
     return b"".join((b"\x0a", wire.varint(len(session)), session, b"\x10", number, b"\x1a", wire.varint(size), *values, timing))
 
 

@@ -85,20 +85,21 @@ class Statistics:
         self._watch.left(engine, sequences, reason)
         counts = self.of(engine)
         queued = run = 0.0
-        rows = 0
+        count = rows = 0
         one = engine.bundle.graph.ragged  # rows are one text's hypotheses, not a caller's
         for s in sequences:
-            queued += s.queued
-            run += s.run
+            count += s.count
+            queued += s.count * s.queued
+            run += s.count * s.run
             rows += 1 if one else s.rows
         with counts.lock:
             if reason == "answered":
-                counts.answered += len(sequences)
+                counts.answered += count
                 counts.rows += rows
                 counts.queued_s += queued
                 counts.run_s += run
-            else:
-                counts.failed += len(sequences)
+            elif reason != "apart":  # these run again
+                counts.failed += count
                 counts.failed_s += queued + run
 
 

@@ -59,7 +59,7 @@ def read_inputs(request: pb.ModelInferRequest, regions: Regions) -> dict[str, Ar
     for tensor in request.inputs:
         name = tensor.name
         if name in arrays:
-            raise InvalidInput("REPEATED_INPUT", f"input {name!r} is there twice; send it once", tensor=name)
+            raise repeated(name)
         if tensor.parameters and REGION in tensor.parameters:
             arrays[name] = read(name, tensor.datatype, tensor.shape, regions.read(place(name, tensor.parameters)))
         elif not raw:
@@ -209,6 +209,10 @@ def _form(name: str, shape: Listed[int]) -> tuple[list[int], int]:
     if dims and min(dims) < 0:
         raise InvalidInput("WRONG_SHAPE", f"input {name!r}: shape {dims} has a negative length", tensor=name, got=dims)
     return dims, math.prod(dims)
+
+
+def repeated(name: str) -> InvalidInput:
+    return InvalidInput("REPEATED_INPUT", f"input {name!r} is there twice; send it once", tensor=name)
 
 
 def _unknown(name: str, kind: str) -> InvalidInput:

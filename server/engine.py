@@ -44,12 +44,13 @@ class Watch(Protocol):
 
 
 class Spent:
-    """Where a round's time went, in seconds: its inputs put together, its run, its results parted; and all of it."""
+    """Where a round's time went, in seconds: its inputs put together, its run, its results parted; and all of it. `own` is what the
+    run took of a core or a device, without what it waited for others."""
 
-    __slots__ = ("infer", "seconds", "split", "stack")
+    __slots__ = ("infer", "own", "seconds", "split", "stack")
 
     def __init__(self) -> None:
-        self.stack = self.infer = self.split = self.seconds = 0.0
+        self.stack = self.infer = self.split = self.seconds = self.own = 0.0
 
 
 class Runners(Protocol):
@@ -180,6 +181,7 @@ class Engine:
             split(graph.graph, ordered, outputs, bank, round.steps)
             spent.stack += stacked - started
             spent.infer += ran - stacked
+            spent.own += seconds
             spent.split += time.perf_counter() - ran
         except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
             if len(sequences) == 1:
@@ -196,7 +198,8 @@ class Engine:
         return _NOBODY
 
     def ran(self, seconds: float, answered: int) -> None:
-        """A round took so long and was the last of so many sequences."""
+        """A round took so long of a core, and was the last of so many sequences. By the time of day, in which threads wait for each
+        other, what is brief would seem long as soon as many threads are at it, and be given to many threads for that."""
         self._ran[0] = LATELY * self._ran[0] + seconds
         self._ran[1] = LATELY * self._ran[1] + answered
         self.each = self._ran[0] / max(1.0, self._ran[1])

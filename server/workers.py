@@ -297,7 +297,7 @@ class Workers:
             engine.watch.told(engine, rows, told, self._clock() - ended)
             self._leave(engine, answered, "answered")
         with self._lock:
-            engine.ran(seconds, told)
+            engine.ran(spent.own, told)
         try:
             self.after_round()
         except Exception:  # what is done for some sequences of a round must not keep the others from going on

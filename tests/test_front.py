@@ -943,3 +943,43 @@ def test_the_direct_front_is_the_default() -> None:
     assert choose_front(processes=2) is RelayFront
     with pytest.raises(ValueError, match="auto, direct and public"):
         choose_front("aio")
+
+
+class Awake:
+    """Work besides, of which there is always enough and never any: it notes whether the front's thread is about."""
+
+    def __init__(self) -> None:
+        self.attending = False
+        self.enough = True
+
+    def attend(self) -> None:
+        self.attending = True
+
+    def brief(self) -> bool:
+        self.attending = False
+        return False
+
+
+def test_whatever_a_front_takes_it_takes_attending() -> None:
+    """Also what it takes after it has looked up from the wire in between, for the work that it had brought."""
+    besides = Awake()
+    seen: list[bool] = []
+
+    def handle(call: Call, request: bytes) -> None:
+        seen.append(besides.attending)
+        call.reply(request)
+
+    front = DirectFront({"/t/Ask": unary(handle)}, besides=besides)
+    port = front.listen("127.0.0.1:0")
+    front.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            channels = [stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}", options=[CUT])) for _ in range(16)]
+            asks = [channel.unary_unary("/t/Ask") for channel in channels]
+            for _ in range(20):
+                for call in [ask.future(b"x") for ask in asks]:
+                    assert call.result(timeout=WAIT_S) == b"x"
+    finally:
+        front.stop(0)
+    assert len(seen) == 320
+    assert all(seen)

@@ -191,3 +191,27 @@ def test_no_reply_overtakes(tmp_path: Path) -> None:
     while workers.step():
         pass
     assert told == [1, 2]
+
+
+def test_a_run_that_waited_for_others_is_no_longer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides whose rounds are brief is the time that they take of a core: by the time of day, threads in each other's way would
+    make every model look long, and be given more threads for it."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 60.0  # whoever looks at the clock has waited for a minute
+        return now
+
+    monkeypatch.setattr(Workers, "__init__", lambda self, threads, brief: _WORKERS_INIT(self, threads, clock, brief))
+    bench = Attended(tmp_path, brief=10.0)
+    bench.workers.attend()
+    for _ in range(3):
+        bench.ask(1)
+        assert bench.workers.brief()
+    assert bench.engine.each < 1.0
+    bench.ask(1)
+    assert bench.engine.brief(10.0)
+
+
+_WORKERS_INIT = Workers.__init__

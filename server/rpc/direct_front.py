@@ -195,7 +195,8 @@ class DirectFront:
                     except BaseException:
                         logger.exception("a connection could not be handled")
                     if besides is not None and besides.enough:
-                        besides.brief()
+                        if not besides.brief():
+                            besides.attend()  # there is more to take, so it still comes by here again
                         self._send()
                         looks = 0
                 looks += 1

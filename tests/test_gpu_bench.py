@@ -51,3 +51,16 @@ def test_a_wrong_answer_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     kept[0][2] = np.ascontiguousarray(whole[:, 2]).tobytes()
     with pytest.raises(AssertionError, match="off the CPU"):
         gpu_bench.check(catalog.find(gpu_bench.NAME), kept, "here")
+
+
+def test_processes_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each way of calling has its line by each number of carriers, with the CPU that the server and they took."""
+    asked = ["--device", "cpu", "--part", "processes", "--processes", "0,1", "--seconds", "0.3", "--hidden", "8", "--sizes", "16"]
+    assert gpu_bench.main(asked) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "carrier" in line and line.endswith("/s")]
+    assert len(lines) == 6
+    for line in lines:
+        found = re.search(r"(no|1) carriers?  +[1-9][\d,]*  +[\d.]+  +[\d.,]+  +[\d.,]+  +([\d.]+)  +(–|[\d.]+)  +[1-9][\d,]*/s", line)
+        assert found is not None, line
+        assert float(found[2]) > 0
+        assert (found[1] == "no") == (found[3] == "–")

@@ -1,5 +1,6 @@
-"""Lean clients for what perf_analyzer does not speak: Turns, Translate and Classify of seqserve.v1. Each runs as a process of its own,
-`python -m tests.figures.bench_clients turns|translate|classify`, and prints one line of JSON: calls a second, p50 and p99 in ms.
+"""Lean clients for what perf_analyzer does not speak, Turns, Translate and Classify of seqserve.v1; and for ModelInfer where it is not at
+hand. Each runs as a process of its own, `python -m tests.figures.bench_clients turns|translate|classify|infer`, and prints one line of
+JSON: calls a second, p50 and p99 in ms, and all calls that were answered.
 
 It knows seqserve's messages; it must not know servers' insides, models' weights or what is expected of speed.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import grpc
 import numpy as np
 
+from protos import inference_pb2 as inference
 from protos import seqserve_pb2 as tasks
 from protos import sessions_pb2 as pb
 
@@ -32,17 +34,18 @@ class Tally:
     def __init__(self, seconds: float) -> None:
         self.begin = time.perf_counter() + WARM
         self.end = self.begin + seconds
-        self.answers = 0
+        self.answers = self.all = 0
         self.latencies: list[float] = []
 
     def add(self, sent: float, now: float, answers: int) -> None:
+        self.all += answers
         if self.begin <= now <= self.end:
             self.answers += answers
             self.latencies.append(now - sent)
 
     def line(self, **more: Any) -> str:
         p50, p99 = np.quantile(self.latencies, (0.5, 0.99)) * 1e3
-        return json.dumps({"rate": self.answers / (self.end - self.begin), "p50": float(p50), "p99": float(p99), **more})
+        return json.dumps({"rate": self.answers / (self.end - self.begin), "p50": float(p50), "p99": float(p99), "all": self.all, **more})
 
 
 def _as_it_is(data: bytes) -> bytes:
@@ -141,21 +144,38 @@ def turns(channel: grpc.Channel, model: str, sessions: int, together: int, strea
     return tally.line()
 
 
-async def ask_all(port: int, what: str, texts: list[str], callers: int, whole: bool, seconds: float) -> str:
-    """Texts translated greedily, or classified, one a call, `callers` under way at once; `whole`: each text once, else round and round
-    for a while. Replies are taken as bytes and read when all is over: threads and parsing took this client as much of the two cores as
-    the server had."""
-    requests = [
-        (tasks.TranslateRequest(text=t, beam=1) if what == "translate" else tasks.ClassifyRequest(texts=[t])).SerializeToString()
-        for t in texts
-    ]
+def steps(model: str) -> list[bytes]:
+    """Sixty-four requests for model B, one step each, as ModelInfer takes them."""
+    drawn = np.random.default_rng(0).normal(size=(64, 1, 1, 16)).astype(np.float32)
+    made = [inference.ModelInferRequest(model_name=model, raw_input_contents=[x.tobytes()]) for x in drawn]
+    for request in made:
+        request.inputs.add(name="x", datatype="FP32", shape=drawn[0].shape)
+    return [request.SerializeToString() for request in made]
+
+
+def asked(what: str, texts: list[str]) -> list[bytes]:
+    """A request for each text."""
+    made = [tasks.TranslateRequest(text=t, beam=1) if what == "translate" else tasks.ClassifyRequest(texts=[t]) for t in texts]
+    return [request.SerializeToString() for request in made]
+
+
+METHODS = {
+    "translate": "/seqserve.v1.Tasks/Translate", "classify": "/seqserve.v1.Tasks/Classify",
+    "infer": "/inference.GRPCInferenceService/ModelInfer",
+}  # fmt: skip
+
+
+async def ask_all(port: int, what: str, requests: list[bytes], callers: int, whole: bool, seconds: float) -> str:
+    """Texts translated greedily, or classified, or single steps, one a call, `callers` under way at once; `whole`: each once, else
+    round and round for a while. Replies are taken as bytes and read when all is over: threads and parsing took this client as much of
+    the two cores as the server had."""
     tally = Tally(seconds)
     if whole:
         tally.begin, tally.end = time.perf_counter(), float("inf")
     replies: list[bytes] = []
     numbers = iter(range(len(requests))) if whole else itertools.count()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.max_receive_message_length", -1)]) as channel:
-        ask = channel.unary_unary(f"/seqserve.v1.Tasks/{what.capitalize()}")
+        ask = channel.unary_unary(METHODS[what])
 
         async def caller() -> None:
             for number in numbers:
@@ -172,6 +192,8 @@ async def ask_all(port: int, what: str, texts: list[str], callers: int, whole: b
 
 
 def _tokens(what: str, reply: bytes) -> int:
+    if what == "infer":
+        return 0
     if what == "translate":
         return len(tasks.TranslateReply.FromString(reply).tokens)
     return sum(result.tokens for result in tasks.ClassifyReply.FromString(reply).results)
@@ -179,7 +201,7 @@ def _tokens(what: str, reply: bytes) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.figures.bench_clients", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("what", choices=["turns", "translate", "classify"])
+    parser.add_argument("what", choices=["turns", "translate", "classify", "infer"])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model", default="model_b")
     parser.add_argument("--sessions", type=int, default=256)
@@ -194,8 +216,9 @@ def main() -> int:
         if options.what == "turns":
             print(turns(channel, options.model, options.sessions, options.together, options.streams, options.seconds))
         else:
-            texts = options.texts.read_text(encoding="utf-8").splitlines()
-            print(asyncio.run(ask_all(options.port, options.what, texts, options.callers, options.whole, options.seconds)))
+            texts = [] if options.what == "infer" else options.texts.read_text(encoding="utf-8").splitlines()
+            requests = steps(options.model) if options.what == "infer" else asked(options.what, texts)
+            print(asyncio.run(ask_all(options.port, options.what, requests, options.callers, options.whole, options.seconds)))
     return 0
 
 

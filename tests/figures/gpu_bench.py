@@ -2,22 +2,20 @@
 
 Parts, each a table: `sessions`, turns of one step through two LSTM layers of 512, in the engine and with its sessions around it, states
 on the device and on the host, beside onnxruntime and PyTorch alone; `grpc`, the same over the network; `tasks`, reviews of IMDb's
-lengths and the sentences of test_2016 over gRPC. Answers of a sample are held against whole runs on the CPU; it fails where one is
-further off than the bundle states. Speed is printed and never judged. Every part fits a few minutes (--seconds, --sessions).
+lengths and the sentences of test_2016 over gRPC; `processes`, what --rpc-processes wins (carriers.py). Answers of a sample are held
+against whole runs on the CPU; it fails where one is further off than the bundle states. Speed is printed and never judged. Every part
+fits a few minutes (--seconds, --sessions).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,8 +35,9 @@ from server.graph import OnnxGraph
 from server.inputs import Sizes
 from server.sequence import Sequence as Ran
 from server.sequence import Views
-from tests.figures import gpu_limits
+from tests.figures import carriers, gpu_limits
 from tests.figures.sessions_bench import INPUTS, TOGETHER, Group, Live, message
+from tests.figures.tables import ask, metrics, table
 from tests.figures.turn_cost import _Call
 from tests.models import two_layers
 from tests.process import ROOT, serve
@@ -73,13 +72,6 @@ class Cell:
 
 
 HEADS = ["turns/s", "p50 ms", "p99 ms", "state B/turn", "busy", "rows/round", "CPU µs/turn"]
-
-
-def table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    wide = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-    print(f"\n{title}")
-    for line in [heads, *lines]:
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, wide, strict=True))), flush=True)
 
 
 def flags(device: str, state: str, sizes: str) -> list[str]:
@@ -342,30 +334,6 @@ def grpc_part(asked: argparse.Namespace, models: Path) -> None:
     table(title, ["sessions", *HEADS], lines)
 
 
-def ask(port: int, commands: list[list[str]]) -> list[dict[str, Any]]:
-    """Clients at once, each in a process of its own."""
-    run = [sys.executable, "-m", "tests.figures.bench_clients"]
-    started = [subprocess.Popen([*run, c[0], "--port", str(port), *c[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True) for c in commands]
-    said = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise AssertionError("a client failed: see above")
-    return [json.loads(text) for text in said]
-
-
-def metrics(port: int) -> Callable[..., float]:
-    """The sum of a metric's samples on a server's page, of those that have the labels asked for."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
-        lines = page.read().decode().splitlines()
-
-    def total(name: str, **labels: str) -> float:
-        wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        return sum(
-            float(line.rpartition(" ")[2]) for line in lines if line.split("{")[0].split(" ")[0] == name and all(w in line for w in wanted)
-        )
-
-    return total
-
-
 def tasks_part(asked: argparse.Namespace) -> None:
     device = parse(asked.device)[0]
     lines = []
@@ -405,12 +373,13 @@ def tasks_part(asked: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     words = argparse.ArgumentParser(prog="make gpu-bench", description=(__doc__ or "").split("\n\n")[0])
     words.add_argument("--device", default="cuda", help="as the server's")
-    words.add_argument("--part", default="sessions,grpc,tasks", help="of the three, with commas")
+    words.add_argument("--part", default="sessions,grpc,tasks,processes", help="of the four, with commas")
     words.add_argument("--sessions", type=lambda t: [int(n) for n in t.split(",")], default=[1, 64, 1000, 10_000])
     words.add_argument("--seconds", type=float, default=3.0, help="of load for each figure")
     words.add_argument("--hidden", type=int, default=512)
     words.add_argument("--sizes", default="measured", help="of rounds: measured, or a number of rows")
     words.add_argument("--rpc-processes", type=int, default=0, help="as the server's, for the parts over gRPC")
+    words.add_argument("--processes", type=lambda t: [int(n) for n in t.split(",")], default=[0, 1, 2, 4, 8], help="of the last part")
     words.add_argument("--texts", type=int, default=2000, help="at most, of either kind")
     words.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     asked = words.parse_args(argv)
@@ -428,6 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             grpc_part(asked, models)
         if "tasks" in parts:
             tasks_part(asked)
+        if "processes" in parts:
+            carriers.part(models, NAME, flags(asked.device, "auto", asked.sizes), asked.processes, CLIENTS, asked.seconds)
     return 0
 
 

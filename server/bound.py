@@ -42,7 +42,7 @@ class BoundGraph(OnnxGraph):
         self._turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext() if device.near else threading.Lock()
         self._sizes = _SIZES if placement.buckets and all(t.batch_axis is not None and not t.ragged for t in graph.inputs) else ()
         self._known = all(_known(t) for t in graph.outputs)
-        self._captures = placement.captured and self._known
+        self._captures = self.loaded.captured and self._known
         self._captured: dict[tuple[int, int, int], _Captured | None] = {}  # None: seen once
 
     def fresh(self, rows: int) -> Rows:

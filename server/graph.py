@@ -6,13 +6,15 @@ It knows names, dtypes, feeds and addresses; it must not know callers, queues or
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
+import io
+import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,16 @@ import onnxruntime as ort
 
 from contract.bundle import BundleError, Graph
 from contract.propose import Port
-from server import gather, states
+from server import gather, libraries, states
 from server.devices import CPU, Device, Placement
+from server.exclusion import Exclusion
 from server.states import Bank, Rows
 
+log = logging.getLogger(__name__)
+
 Array = np.ndarray[Any, Any]
+
+_HOME = Path(ort.__file__).parent
 
 # One arena for all graphs. Each would have one of its own, which grows to the largest round it ever ran and keeps that: with the seven
 # shipped models 354 MiB resident after 1,800 random rounds by two threads, 204 with one between them, at the same speed.
@@ -72,7 +79,8 @@ class OnnxGraph:
         self.busy = 0.0  # seconds that the device, or a thread on a CPU, was at it: gathering and running
         self._counting = threading.Lock()
         # The binding itself: InferenceSession.run looks at all names anew each time, and `_faults` has seen to these.
-        self._run = self.loaded.session._sess.run
+        run = self.loaded.session._sess.run
+        self._run = run if device.near else _together(device, run)
 
     def run(self, feeds: Mapping[str, Array]) -> Sequence[Array]:
         """One round: inputs and states by name → outputs, then next states, in the order of `self.outputs`."""
@@ -120,10 +128,22 @@ class Loaded:
     """An ONNX model on a device, to be run with its inputs and outputs bound to places in memory."""
 
     def __init__(self, source: Path | bytes, device: Device = CPU, placement: Placement | None = None) -> None:
+        placement = placement or Placement()
         self.device = device
-        self.session = _session(source, device, placement or Placement())
+        self.captured = placement.captured  # whether runs of it can be captured as CUDA graphs
+        if self.captured:
+            _exclusion(device)  # from the first on, before any of them runs
+        try:
+            self.session = _session(source, device, placement)
+        except BundleError as e:
+            if not self.captured:
+                raise
+            self.captured = False  # onnxruntime refuses all of a model that has a part which it can't capture
+            self.session = _session(source, device, replace(placement, captured=False))
+            log.warning("%s: goes without CUDA graphs: %s", source if isinstance(source, Path) else "a model", "; ".join(e.faults))
+        self._mine = threading.local()  # the graphs that this thread has captured: onnxruntime keeps them by thread
         self.options: ort.RunOptions | None = None
-        if placement is not None and placement.captured:
+        if self.captured:
             self.options = ort.RunOptions()
             self.options.add_run_config_entry("gpu_graph_id", "-1")  # this run is not to be captured
 
@@ -133,21 +153,47 @@ class Loaded:
 
     def run(self, binding: Binding) -> None:
         """Run it, and wait until it has run. Raises onnxruntime's own errors."""
-        self.session._sess.run_with_iobinding(binding.bound, self.options)
+        with together(self.device):
+            self.session._sess.run_with_iobinding(binding.bound, self.options)
 
     def replay(self, binding: Binding, number: int) -> None:
-        """The same as one captured CUDA graph of that number, always with this binding. The first time captures it, and runs the model
-        some times more: so no output may lie where an input does."""
+        """The same as one captured CUDA graph of that number, always with this binding. The first time in each thread captures it, and
+        runs the model some times more: so no output may lie where an input does."""
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(number))
-        self.session._sess.run_with_iobinding(binding.bound, options)
+        mine: set[int] = self._mine.__dict__.setdefault("captured", set())
+        with together(self.device) if number in mine else _exclusion(self.device).alone():
+            self.session._sess.run_with_iobinding(binding.bound, options)
+        mine.add(number)
+
+
+_exclusions: dict[Device, Exclusion] = {}  # of devices on which CUDA graphs are captured
+_NOBODY_CAPTURES = contextlib.nullcontext()
+
+
+def together(device: Device) -> contextlib.AbstractContextManager[None]:
+    """Around whatever a device is asked for: not while a CUDA graph is captured there."""
+    exclusion = _exclusions.get(device)
+    return _NOBODY_CAPTURES if exclusion is None else exclusion.together()
+
+
+def _exclusion(device: Device) -> Exclusion:
+    return _exclusions.setdefault(device, Exclusion())
+
+
+def _together(device: Device, run: Any) -> Any:
+    def runs(*arguments: Any) -> Any:
+        with together(device):
+            return run(*arguments)
+
+    return runs
 
 
 class Memory:
     """So many values of one dtype on a device, at an address that stays."""
 
     def __init__(self, device: Device, dtype: np.dtype[Any], values: int) -> None:
-        self._value = ort.OrtValue.ortvalue_from_shape_and_type([max(1, values)], dtype.type, device.kind, device.index)
+        self._value = _room([max(1, values)], dtype, device)
         self.device = _handle(device)
         self.dtype = dtype.type
         self.size = dtype.itemsize
@@ -170,7 +216,8 @@ class Binding:
         """An input that lies in this process's memory."""
         array = np.ascontiguousarray(array)
         self._kept.append(array)
-        self.bound.bind_input(name, array)
+        with together(self._device):
+            self.bound.bind_input(name, array)
 
     def take(self, name: str, memory: Memory, start: int, shape: Sequence[int]) -> None:
         """An input that lies on the device, from the value at `start` on."""
@@ -196,33 +243,41 @@ class Binding:
 
     def fix(self, name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> Fixed:
         """An input of a place of its own on the device, to be written to before each run."""
-        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._device.kind, self._device.index)
+        value = _room(shape, dtype, self._device)
         self._kept.append(value)
         self.bound.bind_ortvalue_input(name, value._ortvalue)
-        return Fixed(value)
+        return Fixed(value, self._device)
 
     def fix_output(self, name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> Fixed:
         """An output likewise, to be read after each run."""
-        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._device.kind, self._device.index)
+        value = _room(shape, dtype, self._device)
         self._kept.append(value)
         self.bound.bind_ortvalue_output(name, value._ortvalue)
-        return Fixed(value)
+        return Fixed(value, self._device)
 
 
 class Fixed:
     """A tensor at a place on a device."""
 
-    __slots__ = ("_value",)
+    __slots__ = ("_device", "_value")
 
-    def __init__(self, value: ort.OrtValue) -> None:
+    def __init__(self, value: ort.OrtValue, device: Device) -> None:
         self._value = value
+        self._device = device
 
     def write(self, array: Array) -> None:
-        self._value.update_inplace(np.ascontiguousarray(array))
+        with together(self._device):
+            self._value.update_inplace(np.ascontiguousarray(array))
 
     def read(self) -> Array:
         """A copy."""
-        return np.array(self._value.numpy())
+        with together(self._device):
+            return np.array(self._value.numpy())
+
+
+def _room(shape: Sequence[int], dtype: np.dtype[Any], device: Device) -> ort.OrtValue:
+    with together(device):
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, device.kind, device.index)
 
 
 def _handle(device: Device) -> Any:
@@ -280,13 +335,16 @@ def _session(source: Path | bytes, device: Device, placement: Placement) -> ort.
     # Rounds differ in rows and steps all the time: a memory pattern per shape would be planned and never reused.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.use_env_allocators", "1")
-    what = str(source) if isinstance(source, Path) else source
+    where = str(source) if isinstance(source, Path) else "the model that moves rows of state"
     try:
-        made = ort.InferenceSession(what, options, providers=_providers(device, placement), enable_fallback=0)
+        with together(device):
+            made = ort.InferenceSession(
+                str(source) if isinstance(source, Path) else source, options, providers=_providers(device, placement), enable_fallback=0
+            )
     except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
-        raise BundleError(str(what)[:200], [f"onnxruntime can't load it: {e}"[:500]]) from None
+        raise BundleError(where, [f"onnxruntime can't load it: {e}"[:500]]) from None
     if device.kind == "cuda" and "CUDAExecutionProvider" not in made.get_providers():
-        raise BundleError(str(what)[:200], [f"onnxruntime can't use {device}: {_lacking()}"])
+        raise BundleError(where, [f"onnxruntime can't use {device}: {libraries.lacking(_HOME)}"])
     return made
 
 
@@ -311,23 +369,9 @@ def _preload(tf32: bool) -> None:
     if not tf32:  # for cuDNN's recurrent kernels too, which not every onnxruntime tells so
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     if hasattr(ort, "preload_dlls"):
-        with contextlib.suppress(Exception):  # what is missing is told when a graph is loaded
+        with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):  # what is missing is told when a graph is loaded
+            libraries.load(libraries.elsewhere(_HOME))
             ort.preload_dlls()
-
-
-def _lacking() -> str:
-    """The library that onnxruntime's CUDA part lacks, by the loader's own words: its log, which would say so, is off."""
-    libraries = Path(ort.__file__).parent / "capi"
-    for name in (
-        "libcuda.so.1",
-        str(libraries / "libonnxruntime_providers_shared.so"),
-        str(libraries / "libonnxruntime_providers_cuda.so"),
-    ):
-        try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError as e:
-            return f"{e}; the driver comes with the system, CUDA and cuDNN with seqserve[gpu]"[:300]
-    return "all its libraries are there: is the device's number right, and its driver new enough?"
 
 
 def _faults(graph: Graph, session: ort.InferenceSession) -> list[str]:

@@ -208,6 +208,8 @@ class Engine:
         """All pending steps ran: the sequence says what comes next."""
         s.going = False
         s.then(s, s.outputs(self.graphs[s.graph].graph))
+        if not s.going:
+            s.over()
 
 
 _NOBODY: Mapping[Sequence, ServeError] = {}

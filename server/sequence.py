@@ -79,9 +79,17 @@ class Sequence(Ticket):
         self.going = True
         self.parts: list[Part] = []
 
+    def over(self) -> None:
+        """Nothing comes after: it lets go of whom it told, who may know it, so that no ring is left for the garbage collector."""
+        self.then = self.failed = _told
+
     def outputs(self, graph: Graph) -> Views:
         """What all rounds of the pending steps gave."""
         return Views(graph, self.parts, self.rows, self.steps if graph.padded else None)
+
+
+def _told(*_: object) -> None:
+    """Whoever a sequence belonged to was told of its end."""
 
 
 class Results:

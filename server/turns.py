@@ -381,8 +381,11 @@ class Turns:
             every = (work, *work.joined)
             parts = part(work.model.bundle.graph, outputs, [brought[1].steps for turn in every if (brought := turn.packed) is not None])
             replies = [turn.plan.answer(views, sequence) for turn, views in zip(every, parts, strict=True) if turn.plan is not None]
+            for turn in work.joined:
+                turn.plan = None
         else:
             replies = (plan.answer(outputs, sequence),)
+        work.plan = plan.more = None  # they may know each other: leave no ring for the garbage collector
         self._round.ran.append(_Ran(session, replies, Memory(rows, plan.rest)))
 
     def _ran_abreast(self, works: Listed[Turn], sequence: Sequence, outputs: Views) -> None:
@@ -397,6 +400,7 @@ class Turns:
             assert plan is not None
             try:
                 reply = plan.answer(outputs.row(row), sequence)
+                work.plan = None
             except Exception as e:  # what is wrong with one answer is no other's
                 self._not_run(session, e)
                 continue

@@ -600,7 +600,9 @@ def test_a_device_that_is_not_there(library: Path, caplog: pytest.LogCaptureFixt
     """`--device cuda` refuses to start on a machine without one, and says what to do; `auto` warns and runs on the CPU."""
     if missing(Device("cuda")) is None:
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match=r"--device cuda:0: (this onnxruntime has no CUDA|onnxruntime can't use it).*--device auto runs on the CPU"):
+    with pytest.raises(
+        ValueError, match=r"--device cuda:0: (this onnxruntime has no CUDA|onnxruntime can't use it).*--device auto runs on the CPU"
+    ):
         App(Config(models=library, device="cuda"))
     assert "libcuda.so.1" in libraries.lacking(Path(ort.__file__).parent)
     with caplog.at_level(logging.WARNING):

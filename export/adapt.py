@@ -26,7 +26,7 @@ from onnx import helper, numpy_helper
 from contract import bundle as contract
 from contract.bundle import Bundle, BundleError, Graph
 from export import lengths, place
-from server import dropin
+from server import differs, dropin
 from server.graph import OnnxFile
 
 Array = np.ndarray[Any, Any]
@@ -98,7 +98,7 @@ def adapt(file: Path, out: Path, name: str) -> Bundle:
             made_from={"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
             verified={dropin.GRAPH: {
                 "cut_is_whole": True, "as_before": True, "trials": TRIALS, "states": [p.node for p in pairs],
-                "allowed": {"absolute": dropin.ABSOLUTE, "relative": dropin.RELATIVE},
+                "allowed": {"absolute": differs.ABSOLUTE, "relative": differs.RELATIVE},
             }},
         )  # fmt: skip
         contract.save(bundle, made)
@@ -158,11 +158,11 @@ def culprits(model: onnx.ModelProto, graph: Graph, seed: int = 3) -> list[str]:
         file = Path(folder) / "spied.onnx"
         onnx.save(spied, file)
         runner = OnnxFile(file)
-    inputs = dropin.draw(graph, 1, 9, np.random.default_rng(seed))
-    whole = runner.run(inputs | dropin.fresh(graph, 1))
-    first = runner.run({t.name: dropin.between(t, inputs[t.name], 0, 4) for t in graph.inputs} | dropin.fresh(graph, 1))
+    inputs = differs.draw(graph, 1, 9, np.random.default_rng(seed))
+    whole = runner.run(inputs | differs.fresh(graph, 1))
+    first = runner.run({t.name: differs.between(t, inputs[t.name], 0, 4) for t in graph.inputs} | differs.fresh(graph, 1))
     then = runner.run(
-        {t.name: dropin.between(t, inputs[t.name], 4, 9) for t in graph.inputs} | {s.input: first[s.output] for s in graph.states}
+        {t.name: differs.between(t, inputs[t.name], 4, 9) for t in graph.inputs} | {s.input: first[s.output] for s in graph.states}
     )
     wrong: set[str] = set()
     named: list[str] = []
@@ -188,24 +188,24 @@ def _note_axes(model: onnx.ModelProto, graph: Graph) -> None:
 def _prove(model: onnx.ModelProto, changed: Path, file: Path, graph: Graph) -> None:
     """Cut is whole, and the whole is what the untouched file gives. Raises CantAdapt."""
     runner, before = OnnxFile(changed), OnnxFile(file)
-    if differ := dropin.cut_differs(runner, graph, trials=TRIALS):
+    if differ := differs.cut_differs(runner, graph, trials=TRIALS):
         raise CantAdapt([f"in pieces it gives another {', '.join(map(repr, differ))} than whole", *culprits(model, graph)])
-    inputs = dropin.draw(graph, min(2, graph.max_rows), 11, np.random.default_rng(4))
+    inputs = differs.draw(graph, min(2, graph.max_rows), 11, np.random.default_rng(4))
     wanted = before.run(inputs)
-    got = runner.run(inputs | dropin.fresh(graph, min(2, graph.max_rows)))
-    if changed_names := [n for n in wanted if not dropin.near(got[n], wanted[n])]:
+    got = runner.run(inputs | differs.fresh(graph, min(2, graph.max_rows)))
+    if changed_names := [n for n in wanted if not differs.near(got[n], wanted[n])]:
         raise CantAdapt([f"output {n!r} is not as it was before the change; please report this" for n in changed_names])
 
 
 def _joins(whole: Array, first: Array, then: Array) -> bool:
     """Whether two pieces' values make up the whole's: laid end to end, or the last alone."""
-    if dropin.near(whole, then):
+    if differs.near(whole, then):
         return True
     if not whole.ndim == first.ndim == then.ndim:
         return False
     axes = [a for a in range(whole.ndim) if whole.shape[a] == first.shape[a] + then.shape[a]]
     rest = [a for a in axes if all(whole.shape[b] == first.shape[b] == then.shape[b] for b in range(whole.ndim) if b != a)]
-    return any(dropin.near(whole, np.concatenate([first, then], a)) for a in rest)
+    return any(differs.near(whole, np.concatenate([first, then], a)) for a in rest)
 
 
 def _obstacles(

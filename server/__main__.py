@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from server.config import Config
 from server.store import StoreUnusable
 
 STOP = (signal.SIGTERM, signal.SIGINT)
+FAILED = 70  # the exit status where it had to end itself (EX_SOFTWARE of sysexits.h): whoever watches it is to start it again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     try:
         app = App(config)
+        app.when_failed = lambda: os.kill(os.getpid(), signal.SIGTERM)
         app.start()
     except (OSError, ValueError, StoreUnusable) as e:
         print(f"seqserve: {e}", file=sys.stderr)
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # a second one ends us at once
     logging.getLogger(__name__).info("draining")
     app.stop()
-    return 0
+    return 0 if app.failure is None else FAILED
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from server.catalog import Catalog, Trials
 from server.config import MEASURED, Config
 from server.devices import CPU, Device, Placement, parse
 from server.engine import Watch
+from server.errors import DeviceLost
 from server.inside import Feed
 from server.keys import Keys
 from server.metrics import Metrics
@@ -113,6 +114,9 @@ class App:
         self.metrics_port = -1
         self._stop_metrics: Callable[[], None] = lambda: None
         self._over = threading.Event()
+        self.failure: str | None = None  # why it can't go on, where it can't
+        self.when_failed: Callable[[], None] = lambda: None  # called once then, by whatever thread; who made it is to stop it
+        self.workers.when_lost = self._lost
 
     def start(self) -> None:
         """Load every bundle, listen, serve. Raises OSError where the port is taken, FileNotFoundError without models."""
@@ -152,6 +156,13 @@ class App:
         while not self._over.wait(TIDY_S):
             graph.shrink()
             _trim()
+
+    def _lost(self, why: DeviceLost) -> None:
+        # What else the device holds in this process is as far gone: only a new process gets it back, where anything does.
+        log.critical("%s", why.message)
+        self.failure = why.message
+        self.health.set(False)
+        self.when_failed()
 
     def reload(self) -> None:
         """Read the keys' file anew."""

@@ -24,6 +24,8 @@ from server.graph import Array, Binding, Loaded, Memory
 from server.slots import Slots
 from server.states import Block, Home, Picked, Rows
 
+ALIGNED = 16  # bytes: kernels read up to so many at once, from where a tensor begins, and CUDA takes a device away from who misses
+PLACES = 2**31 - 1  # values that CUDA's Gather can tell apart: it counts in 32 bits
 CROWDED = 0.75  # share of slots taken, beyond which rows that nobody uses leave for this process's memory
 ROUNDS = 4  # of as many rows as a round may have, that slots are kept for beside the sessions: read, gathered, written, by two at once
 
@@ -59,7 +61,12 @@ class Banks(Home):
         befores = sorted(set(self._before))
         self._group = [befores.index(b) for b in self._before]
         self._befores = befores
-        each = max(8, min(placement.room // (2 * max(1, self.row_bytes)), placement.sessions * 3 // 2 + ROUNDS * rows))
+        values = [before * after for before, after in zip(self._before, self._after, strict=True)]
+        sizes = [n * s.numpy_dtype.itemsize for n, s in zip(values, graph.states, strict=True)]
+        self.grain = max(ALIGNED // math.gcd(ALIGNED, size) for size in sizes)  # slots: what blocks begin at a multiple of
+        wanted = placement.sessions * 3 // 2 * self.grain + ROUNDS * rows
+        most = min(placement.room // (2 * max(1, self.row_bytes)), PLACES // (2 * max(1, *values)))
+        each = max(self._whole(8), min(most - most % self.grain, self._whole(wanted)))
         self.slots = Slots(each)
         try:
             self._memory = [
@@ -81,8 +88,13 @@ class Banks(Home):
         """Slots for a block; None where there is no room. `after`: where the rows lie now, see Slots.take."""
         with self._lock:
             self._bury()
-            start = self.slots.take(count, after)
+            start = self.slots.take(self._whole(count), after)
         return None if start is None else Held(self, start, count)
+
+    def block(self, places: Places, count: int) -> int | None:
+        """The first slot of `count` that can be bound as a block, of which those rows are the first; None where they lie otherwise."""
+        start = places.block(count)
+        return None if start is None or start % self.grain or start + count > self.slots.count else start
 
     def bring(self, arrays: Sequence[Array], count: int) -> Held | None:
         """Rows from this process's memory; None where there is no room."""
@@ -158,11 +170,12 @@ class Banks(Home):
         with self._lock:
             self._bury()
             crowded = self.slots.taken > CROWDED * self.slots.count
-            pieces = [] if crowded else self.slots.take_last(len(rows))
-            blocks = [[Held(self, start + i, 1) for i in range(count)] for start, count in pieces]
+            pieces = [] if crowded else self.slots.take_last(len(rows) * self.grain)
+            blocks = [[Held(self, at, 1) for at in range(start, start + count, self.grain)] for start, count in pieces]
         settled: list[Rows] = []
         for some in blocks:
-            self._move(self.find(rows[len(settled) : len(settled) + len(some)]), some[0].start, len(some), apart=True)
+            places = self.find(rows[len(settled) : len(settled) + len(some)])
+            self._move(places.each(self.grain), some[0].start, len(some) * self.grain, apart=True)
             settled += [Rows(self.axes, block, 0, 1) for block in some]
         if left := rows[len(settled) :]:
             arrays = tuple(zip(self.axes, self.fetch(left), strict=True))
@@ -181,7 +194,12 @@ class Banks(Home):
 
     def _bury(self) -> None:
         while self.dead:
-            self.slots.free(*self.dead.popleft())
+            start, count = self.dead.popleft()
+            self.slots.free(start, self._whole(count))
+
+    def _whole(self, count: int) -> int:
+        """So many slots, made up to where the next block may begin."""
+        return -(-count // self.grain) * self.grain
 
     def _move(self, places: Places, start: int, count: int, apart: bool = False) -> None:
         """Copy rows into slots on the device: as one block, or `apart` as blocks of one row each."""
@@ -233,6 +251,12 @@ class Places:
             return self
         more = np.minimum(np.arange(count), n - 1)
         return Places(self._flat, self._starts[more], self._counts[more], self._at[more])
+
+    def each(self, times: int) -> Places:
+        """Each row so many times."""
+        if times == 1:
+            return self
+        return Places(self._flat, *(np.repeat(part, times) for part in (self._starts, self._counts, self._at)))
 
     def cells(self, before: int, apart: bool) -> Array:
         """Of an array whose rows lie behind `before` others, the pieces [before, rows] to pick; `apart` [rows, before]."""

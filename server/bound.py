@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ class BoundGraph(OnnxGraph):
     places differ."""
 
     def __init__(self, graph: Graph, file: Path, device: Device, placement: Placement, rows: int) -> None:
-        super().__init__(graph, file, device, placement)
+        # A captured round's inputs and outputs have one form each; and a session that captures runs one round at a time.
+        same = all(_known(t) for t in (*graph.inputs, *graph.outputs))
+        super().__init__(graph, file, device, placement if same else replace(placement, captured=False))
         if fault := unbound(graph):
             raise BundleError(str(file), [fault])
         self.banks = Banks(graph, device, placement, rows)
@@ -41,8 +44,7 @@ class BoundGraph(OnnxGraph):
         self._fresh = Rows(graph.state_axes, block, 0, 1)  # not of the banks: they and their blocks would keep each other from being freed
         self._turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext() if device.near else threading.Lock()
         self._sizes = _SIZES if placement.buckets and all(t.batch_axis is not None and not t.ragged for t in graph.inputs) else ()
-        self._known = all(_known(t) for t in graph.outputs)
-        self._captures = self.loaded.captured and self._known
+        self._captures = self.loaded.captured
         self._captured: dict[tuple[int, int, int], _Captured | None] = {}  # None: seen once
 
     def fresh(self, rows: int) -> Rows:
@@ -75,9 +77,7 @@ class BoundGraph(OnnxGraph):
         places = banks.find(near)
         rows = len(places)
         size = self.size(rows)
-        start = places.block(size)
-        if start is not None and start + size > banks.slots.count:
-            start = None
+        start = banks.block(places, size)
         target = banks.take(size, start)
         if target is None:
             return self._unbound(feeds, carried)
@@ -105,16 +105,16 @@ class BoundGraph(OnnxGraph):
             outputs = [_cut(array, t, rows) for array, t in zip(outputs, self.graph.outputs, strict=True)]
         return outputs, target, seconds
 
-    def check_captured(self) -> str | None:
-        """Whether captured rounds answer as others do; why not, in which case none is captured any more. At least twice as many
-        as it takes to capture one, to and fro."""
+    def check_captured(self, draw: Callable[[], dict[str, Array]]) -> str | None:
+        """Whether captured rounds of one row and step answer as others do, with inputs as drawn: what a node takes on the CPU is recorded
+        as it was. Why not, in which case none is captured any more. At least twice as many as it takes to capture one, to and fro."""
         if not self._captures:
             return None
         why = None
         try:
-            feeds = {t.name: _sample(t) for t in self.graph.inputs}
             mine, theirs = self.fresh(1), states.fresh(self.graph, 1)
             for n in range(8):
+                feeds = draw()
                 found, bank, _ = self.advance(dict(feeds), [mine])
                 wanted, other, _ = super().advance(dict(feeds), [theirs])
                 mine, theirs = Rows(self.banks.axes, bank, 0, 1), Rows(self.banks.axes, other, 0, 1)
@@ -149,7 +149,8 @@ class BoundGraph(OnnxGraph):
     def _unbound(self, feeds: dict[str, Array], carried: Sequence[Rows]) -> tuple[Sequence[Array], Bank, float]:
         """For want of room this round's states lie in this process's memory, where there is as much as it has."""
         self.banks.refused += 1
-        return super().advance(feeds, carried)
+        with self._turn if self.loaded.captured else contextlib.nullcontext():  # its session has one stream, and one handle of cuDNN
+            return super().advance(feeds, carried)
 
     def _capture(self, feeds: dict[str, Array], key: tuple[int, int, int]) -> _Captured | None:
         """The round between two blocks as a CUDA graph; None where it isn't one: seen for the first time, or there are too many."""
@@ -236,11 +237,6 @@ def _known(tensor: Tensor) -> bool:
 
 def _length(axis: str | int, rows: int, steps: int) -> int:
     return axis if isinstance(axis, int) else rows if axis == BATCH else steps
-
-
-def _sample(tensor: Tensor) -> Array:
-    shape = [_length(axis, 1, 1) for axis in tensor.axes]
-    return np.full(shape, 1 if tensor.role == "lengths" else tensor.allowed, tensor.numpy_dtype)
 
 
 def _made_up(array: Array, tensor: Tensor, size: int) -> Array:

@@ -17,7 +17,7 @@ from typing import Any
 
 from contract import bundle as contract
 from contract.bundle import Bundle, BundleError, Graph
-from server import dropin
+from server import dropin, probes
 from server.devices import Placement
 from server.engine import Engine, Spent, Watch
 from server.errors import NotFound, listed
@@ -105,9 +105,11 @@ class Catalog:
         """Check, load and warm up the bundle in NAME/VERSION. Raises BundleError with every fault found."""
         try:
             return self._load(directory)
-        except BundleError:
-            raise
         except Exception as e:  # files from outside: what nobody thought of refuses this bundle, neither the server nor its others
+            for lost in filter(None, map(probes.lost, self._loader.placement.devices)):
+                self._workers.lost(lost)
+            if isinstance(e, BundleError):
+                raise
             raise BundleError(str(directory), [f"it can't be loaded ({type(e).__name__}: {e}): export the model again"[:300]]) from e
 
     def _load(self, directory: Path) -> Model:

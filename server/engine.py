@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from contract.bundle import Bundle
-from server.errors import ModelFailed, Overloaded, ServeError
+from server.errors import DeviceLost, ModelFailed, Overloaded, ServeError
 from server.graph import OnnxGraph
 from server.rounds import Limits, Round, Rounds
 from server.sequence import Sequence, carried, order, split, stack
@@ -71,6 +71,8 @@ class Runners(Protocol):
     def cancel(self, engine: Engine, sequence: Sequence) -> None: ...
 
     def retire(self, engine: Engine) -> None: ...
+
+    def lost(self, why: DeviceLost) -> None: ...
 
 
 class Engine:
@@ -183,6 +185,10 @@ class Engine:
             spent.infer += ran - stacked
             spent.own += seconds
             spent.split += time.perf_counter() - ran
+        except DeviceLost as e:  # no row's fault, and no row is better off alone
+            log.error("model %s: %s", self.name, e)
+            self._workers.lost(e)
+            return {s: DeviceLost(e.reason, e.message, device=e.facts["device"]) for s in sequences}
         except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
             if len(sequences) == 1:
                 if not isinstance(e, ServeError):
@@ -190,10 +196,11 @@ class Engine:
                     message = f"model {self.name!r} could not run this input: {str(e)[:300]}"
                     e = ModelFailed("MODEL_FAILED", message, model=self.name, graph=sequences[0].graph)
                 return {sequences[0]: e}
-            # One bad row fails a whole run: alone, only the culprit does.
+            # One bad row fails a whole run, and too many may: halves find the culprits, and harm no one else.
+            half = len(sequences) // 2
             failed: dict[Sequence, ServeError] = {}
-            for s in sequences:
-                failed.update(self.run(Round(round.key, (s,), min(round.steps, s.remaining)), spent))
+            for some in (sequences[:half], sequences[half:]):
+                failed.update(self.run(Round(round.key, some, min(round.steps, max(s.remaining for s in some))), spent))
             return failed
         return _NOBODY
 

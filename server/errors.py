@@ -13,6 +13,7 @@
     ├── DeadlineExceeded DEADLINE_EXCEEDED    allow more time; nothing was changed
     ├── StoreFailed      UNAVAILABLE          the session's store did not write; nothing was applied, send the turn again (store.py)
     ├── Draining         UNAVAILABLE          send again: another server, or this one restarted, will take it
+    ├── DeviceLost       UNAVAILABLE          likewise: the device is out of order, and the server ends for that
     └── ModelFailed      INTERNAL             the model could not run this input; neighbours were not harmed
 
 This file knows words and statuses; it must not know gRPC's types (rpc/ turns these into google.rpc.Status details).
@@ -78,6 +79,10 @@ class DeadlineExceeded(ServeError):
 
 
 class Draining(ServeError):
+    status = "UNAVAILABLE"
+
+
+class DeviceLost(ServeError):
     status = "UNAVAILABLE"
 
 

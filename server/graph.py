@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import onnxruntime as ort
 
 from contract.bundle import BundleError, Graph
 from contract.propose import Port
-from server import gather, libraries, states
+from server import gather, libraries, probes, states
 from server.devices import CPU, Device, Placement
 from server.exclusion import Exclusion
 from server.states import Bank, Rows
@@ -162,7 +162,7 @@ class Loaded:
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(number))
         mine: set[int] = self._mine.__dict__.setdefault("captured", set())
-        with together(self.device) if number in mine else _exclusion(self.device).alone():
+        with together(self.device) if number in mine else _asked(self.device, _exclusion(self.device).alone()):
             self.session._sess.run_with_iobinding(binding.bound, options)
         mine.add(number)
 
@@ -172,9 +172,22 @@ _NOBODY_CAPTURES = contextlib.nullcontext()
 
 
 def together(device: Device) -> contextlib.AbstractContextManager[None]:
-    """Around whatever a device is asked for: not while a CUDA graph is captured there."""
+    """Around whatever a device is asked for: not while a CUDA graph is captured there. Raises DeviceLost where that fails since
+    nothing can be asked for any more."""
     exclusion = _exclusions.get(device)
-    return _NOBODY_CAPTURES if exclusion is None else exclusion.together()
+    around = _NOBODY_CAPTURES if exclusion is None else exclusion.together()
+    return around if device.near else _asked(device, around)
+
+
+@contextlib.contextmanager
+def _asked(device: Device, around: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    try:
+        with around:
+            yield
+    except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
+        if (lost := probes.lost(device)) is None:
+            raise
+        raise lost from e
 
 
 def _exclusion(device: Device) -> Exclusion:
@@ -316,15 +329,29 @@ def missing(device: Device, tf32: bool = False) -> str | None:
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return "this onnxruntime has no CUDA in it: install seqserve[gpu] in place of seqserve[cpu]"
     try:
-        binding = (loaded := Loaded(gather.model([("float32", 0)]), device, Placement(tf32=tf32))).bind()
+        probe = _probe(device, tf32)
+        if not probe():
+            return "it computes nonsense"
+    except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
+        return f"onnxruntime can't use it: {e}"[:500]
+    probes.keep(device, probe)
+    return None
+
+
+def _probe(device: Device, tf32: bool) -> probes.Probe:
+    """To the device, one node, and back."""
+    loaded = Loaded(gather.model([("float32", 0)]), device, Placement(tf32=tf32))
+
+    def works() -> bool:
+        binding = loaded.bind()
         binding.feed("data0", np.ones((2, 1), np.float32))
         binding.feed("at0", np.ones(1, np.int64))
         out = np.zeros((1, 1), np.float32)
         binding.give("out0", out)
         loaded.run(binding)
-    except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
-        return f"onnxruntime can't use it: {e}"[:500]
-    return None if out[0, 0] == 1 else "it computes nonsense"
+        return bool(out[0, 0] == 1)
+
+    return works
 
 
 def _session(source: Path | bytes, device: Device, placement: Placement) -> ort.InferenceSession:
@@ -359,6 +386,8 @@ def _providers(device: Device, placement: Placement) -> list[Any]:
         # Shapes differ from round to round: an arena that doubles at each new one would take the device's memory from the banks.
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": str(int(placement.captured)),
+        # For the same reason no algorithm of a convolution is looked for by trying all, which happens anew for each shape.
+        "cudnn_conv_algo_search": "HEURISTIC",
     }
     return [("CUDAExecutionProvider", about), "CPUExecutionProvider"]
 

@@ -64,7 +64,7 @@ class Loader:
                 found, times = trial.first_run(onnx)
                 if not found and not device.near:
                     found = trial.agree(onnx, OnnxGraph(graph, directory / graph.file), tolerance.allowed(bundle.verified, key))
-                if not found and isinstance(onnx, BoundGraph) and (why := onnx.check_captured()) is not None:
+                if not found and isinstance(onnx, BoundGraph) and (why := onnx.check_captured(trial.drawing(graph))) is not None:
                     log.warning("%s: graph %r is not run as CUDA graphs: %s", bundle.name, key, why)
                 faults += [f"graph {key!r}: {fault}" for fault in found]
                 ran += [(key, rows, seconds) for rows, seconds in times]
@@ -79,7 +79,7 @@ class Loader:
     def _graph(self, graph: Graph, file: Path, device: Device) -> OnnxGraph:
         if self.placement.banks and unbound(graph) is None:
             return BoundGraph(graph, file, device, self.placement, self._trials.rows or trial.ROWS[-1])
-        return OnnxGraph(graph, file, device, self.placement)
+        return OnnxGraph(graph, file, device, replace(self.placement, captured=False))
 
     def _sizes(self, bundle: Bundle, onnx: OnnxGraph) -> tuple[Limits, Sequence[Point]]:
         """How large its rounds are to be, and what that was measured by."""
@@ -91,7 +91,10 @@ class Loader:
         key = f"{bundle.fingerprint} {onnx.device} {'banks' if isinstance(onnx, BoundGraph) else 'host'}"
         points = notes.get(key) if notes is not None else None
         if points is None:
-            points = trial.measure(onnx, trials.seconds, trials.rows or trial.ROWS[-1])
+            try:
+                points = trial.measure(onnx, trials.seconds, trials.rows or trial.ROWS[-1])
+            except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
+                raise BundleError(bundle.name, [f"graph {bundle.main!r} could not be measured: {e}"[:300]]) from None
             if notes is not None:
                 notes.put(key, points)
         sizes = trial.choose(points)

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from server.catalog import Catalog, Model
 from server.engine import Clock
 from server.errands import Errands
-from server.errors import Conflict, Draining, Gone, InvalidInput, NotFound, ServeError, listed
+from server.errors import Conflict, DeviceLost, Draining, Gone, InvalidInput, NotFound, ServeError, listed
 from server.records import Packed, Record, Unreadable, decode, encode, fits
 from server.sessions import Kept, Session, Sessions
-from server.states import Rows, here
+from server.states import Block, Home, Rows, here
 from server.store import Durability, MemoryStore, Refusal, Store, StoreFailed
 
 log = logging.getLogger(__name__)
@@ -111,9 +111,23 @@ class Shelf:
         self._expiry.join()
         if self.errands is not None:
             self.errands.stop()
-        if self._store.durability is Durability.NONE:
-            self.write([session.kept for session in self.sessions.all()], always=True)
-        self._store.close()
+        try:
+            if self._store.durability is Durability.NONE:
+                self._write_all([session.kept for session in self.sessions.all()])
+        finally:
+            self._store.close()
+
+    def _write_all(self, every: list[Kept]) -> None:
+        """What no turn has written. States on a device that is lost are lost with it; others' are not."""
+        at: dict[Home | None, list[Kept]] = {None: []}
+        for kept in every:
+            rows: Rows | None = kept.state.rows
+            at.setdefault(rows.bank.home if rows is not None and isinstance(rows.bank, Block) else None, []).append(kept)
+        for some in at.values():
+            try:
+                self.write(some, always=True)
+            except DeviceLost as e:
+                log.error("%d sessions are gone, or as the store last had them: their states were on the device (%s)", len(some), e.message)
 
     def open(self, model: str, version: str, id: str = "", ttl: float = 0.0) -> Kept:
         """A new session of a model. Raises NotFound, InvalidInput, Conflict or Overloaded."""

@@ -58,6 +58,12 @@ def drawn(tensor: Tensor, rows: int, steps: int, rng: np.random.Generator) -> Ar
     return made
 
 
+def drawing(graph: Graph) -> Callable[[], dict[str, Array]]:
+    """Inputs of one row and step, others each time."""
+    rng = np.random.default_rng(0)
+    return lambda: {t.name: drawn(t, 1, 1, rng) for t in graph.inputs}
+
+
 def first_run(onnx: OnnxGraph) -> tuple[list[str], list[tuple[int, float]]]:
     """Warm up with one row and with several, and see that the outputs have the promised forms; what is wrong, and by rows the
     seconds that a step took."""
@@ -130,8 +136,8 @@ class Sizes:
 
 
 def measure(onnx: OnnxGraph, seconds: float, most_rows: int = ROWS[-1], clock: Clock = time.perf_counter) -> list[Point]:
-    """Time rounds, from few rows to many, each from the states that the one before left; about so many seconds in all, and none
-    longer than anyone should wait."""
+    """Time rounds, from few rows to many, each from the states that the one before left; about so many seconds in all, none
+    longer than anyone should wait, and none larger than what doesn't fit the device's memory. Raises what the first one raises."""
     graph = onnx.graph
     points: list[Point] = []
     until = clock() + seconds
@@ -141,7 +147,15 @@ def measure(onnx: OnnxGraph, seconds: float, most_rows: int = ROWS[-1], clock: C
         for rows in ROWS:
             if rows > min(most_rows, graph.max_rows) or (rows > 1 and not graph.shared) or (points and clock() > until):
                 break
-            took = _best(onnx, rows, steps, clock, until)
+            try:
+                took = _best(onnx, rows, steps, clock, until)
+            except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
+                if not points:
+                    raise
+                log.warning(
+                    "%s: rounds of %d rows and %d steps can't be run here, smaller ones can: %s", graph.file, rows, steps, str(e)[:300]
+                )
+                break
             points.append(Point(rows, steps, took))
             if took > LONGEST:
                 break

@@ -523,7 +523,11 @@ class Turns:
         idle = [(r, r.memory.rows) for r in ran if r.session.state is r.memory and r.memory.rows is not None]
         if not idle:
             return
-        settled = settle([rows for _, rows in idle])
+        try:
+            settled = settle([rows for _, rows in idle])
+        except Exception:  # a device's memory is full, say: they stay where they are
+            log.exception("idle sessions' states could not be moved")
+            return
         with self._lock:
             for (r, rows), own in zip(idle, settled, strict=True):
                 if r.session.state is r.memory and own is not rows:

@@ -19,7 +19,7 @@ from collections.abc import Sequence as Listed
 from typing import Protocol
 
 from server.engine import Clock, Engine, Spent, key
-from server.errors import DeadlineExceeded, Draining, ModelFailed, NotFound, ServeError
+from server.errors import DeadlineExceeded, DeviceLost, Draining, ModelFailed, NotFound, ServeError
 from server.rounds import Round
 from server.sequence import Sequence
 from server.shares import Claim
@@ -52,6 +52,7 @@ class Workers:
         self.virtual = Virtual()
         self.after_round: Callable[[], None] = lambda: None  # called by whoever ran a round when all of it was answered
         self.gather: Callable[[], None] = lambda: None  # called by the attendant before it looks for rounds
+        self.when_lost: Callable[[DeviceLost], None] = lambda why: None  # called once, when a device can't be used any more
         self.onlooker: Onlooker | None = None  # None while nobody watches: then it costs one look at this
         self._clock = clock
         self._brief = brief
@@ -66,6 +67,7 @@ class Workers:
         self._asleep = 0
         self._stopping = False
         self._draining = False
+        self._lost: DeviceLost | None = None
         self._running = 0
         self._threads = [threading.Thread(target=self._work, name=f"worker-{i}", daemon=True) for i in range(threads)]
 
@@ -95,6 +97,8 @@ class Workers:
         with self._lock:
             if engine.retired:
                 raise NotFound("UNLOADED", f"model {engine.name!r} version {engine.version} was unloaded", model=engine.name)
+            if (e := self._lost) is not None:
+                raise DeviceLost(e.reason, e.message, device=e.facts["device"])
             if self._draining:
                 raise Draining("DRAINING", "the server is shutting down; send the request again")
             engine.enqueue(sequence, claim, now)
@@ -114,6 +118,14 @@ class Workers:
         with self._lock:
             since = min((s.since for s in engine.rounds.everyone()), default=now)
             return max(0.0, now - since), engine.rounds.expected_wait() if engine.rounds.tickets else 0.0
+
+    def lost(self, why: DeviceLost) -> None:
+        """A device can't be used any more: take nothing new, and tell whoever ends the server."""
+        with self._lock:
+            first = self._lost is None
+            self._lost = self._lost or why
+        if first:
+            self.when_lost(why)
 
     def drain(self, seconds: float) -> bool:
         """Take nothing new; wait until what is here is done. False where `seconds` did not suffice."""

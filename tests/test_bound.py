@@ -28,15 +28,16 @@ from contract import tolerance
 from contract.bundle import Bundle, Graph, State, Tensor
 from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
-from server import gather, libraries, trial
+from server import banks, gather, libraries, trial
 from server.app import App
 from server.banks import Held
 from server.bound import BoundGraph, unbound
 from server.catalog import Catalog, Trials
 from server.config import Config
 from server.devices import CPU, Device, Placement, parse
-from server.graph import OnnxGraph, missing
+from server.graph import Binding, Fixed, Memory, OnnxGraph, missing
 from server.inputs import Sizes
+from server.loading import Loader
 from server.metrics import Metrics
 from server.rounds import Limits
 from server.sequence import Sequence
@@ -44,6 +45,7 @@ from server.states import Rows, settle
 from server.trial import Notes, Point, choose
 from server.workers import Workers
 from tests import models
+from tests.lost import Far
 from tests.models import FLOAT, _ints, _save, _value, _weights
 from tests.process import ROOT
 from tests.test_engine import Bench, alone, equal
@@ -142,9 +144,22 @@ PAIRS: dict[tuple[str, int, bool, bool], tuple[BoundGraph, OnnxGraph]] = {}
 
 
 def only_the_fresh_row(bound: BoundGraph) -> bool:
-    """Whether one slot is taken, when all that nobody holds is counted free: at once, no garbage collector is waited for."""
+    """Whether one row's slots are taken, when all that nobody holds is counted free: at once, no garbage collector is waited for."""
     probe = bound.banks.take(1)
-    return probe is not None and bound.banks.slots.taken == 2
+    return probe is not None and bound.banks.slots.taken == 2 * bound.banks.grain
+
+
+@pytest.fixture(autouse=True)
+def aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is bound to a place begins where a GPU's kernels may read 16 bytes at once."""
+    for name in ("take", "leave"):
+        bind = getattr(Binding, name)
+
+        def bound(self: Binding, port: str, memory: Memory, start: int, shape: Any, bind: Any = bind) -> None:
+            assert (memory.address + start * memory.size) % 16 == 0, f"{port} at {start}"
+            bind(self, port, memory, start, shape)
+
+        monkeypatch.setattr(Binding, name, bound)
 
 
 def live_through(bound: BoundGraph, host: OnnxGraph, acts: list[tuple[str, int]]) -> None:
@@ -322,14 +337,6 @@ def test_what_is_unloaded_gives_its_slots_back(library: Path) -> None:
             gc.enable()
 
 
-class Far(Device):
-    """A CPU that is treated as a GPU is: apart from the threads that serve."""
-
-    @property
-    def near(self) -> bool:
-        return False
-
-
 def test_a_device_apart(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: answers held against the CPU's at load, two rounds of a model under way at most, of which one runs, none of them on the
     thread that brings work; and the answers are those of one run alone."""
@@ -446,8 +453,19 @@ def test_rows_at_the_banks_end_are_made_up_elsewhere(library: Path) -> None:
     assert (bound.banks.bound, bound.banks.gathered) == (0, 1)
 
 
+def test_banks_are_as_large_as_a_gather_can_count(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No state has more values than CUDA's Gather tells apart, however much room it is given; and what a row's slots are made up to goes
+    out of no border."""
+    monkeypatch.setattr(banks, "PLACES", 2000)
+    bound, _ = pair(library, "layers", sessions=10_000)
+    assert 1500 < bound.banks.slots.count * 10 <= 2000
+    assert bound.banks.grain == 8, "of three values in float16"
+    assert bound.banks.slots.each % 8 == 0
+    assert pair(library, "reader")[0].banks.grain == 1, "of eight in float32"
+
+
 def test_an_idle_row_keeps_no_block(library: Path) -> None:
-    """Settled, one row of a large round takes one slot; where slots are scarce it goes to the host."""
+    """Settled, one row of a large round takes what one row takes; where slots are scarce it goes to the host."""
     bound, host = pair(library, "layers", sessions=30, rows=10)
     graph = host.graph
     feeds = {t.name: trial.drawn(t, 10, 2, np.random.default_rng(0)) for t in graph.inputs}
@@ -457,10 +475,10 @@ def test_an_idle_row_keeps_no_block(library: Path) -> None:
     kept = settle(rows[3:5])
     rows = block = None  # type: ignore[assignment]
     bound.banks.take(1)
-    assert bound.banks.slots.taken - 1 == 1 + len(kept), "the fresh row, and these"
+    assert bound.banks.slots.taken == (1 + 1 + len(kept)) * bound.banks.grain, "the one just taken, the fresh row, and these"
     assert all(np.array_equal(a, b) for a, b in zip(before[3], kept[0].arrays(), strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(before[4], kept[1].arrays(), strict=True))
-    full = [bound.banks.take(1) for _ in range(int(bound.banks.slots.count * 0.9))]
+    full = [bound.banks.take(1) for _ in range(int(bound.banks.slots.count * 0.9) // bound.banks.grain)]
     _, block, _ = bound.advance(feeds, [bound.fresh(10)])
     crowded = settle([Rows(graph.state_axes, block, 0, 1)])
     assert isinstance(crowded[0].bank, tuple)
@@ -594,6 +612,10 @@ def test_every_task_answers_the_same(app: Callable[..., App]) -> None:
     assert isinstance(step, BoundGraph)
     assert step.banks.gathered > 0
     assert step.banks.fetched == 0
+    translator, sentiment = (banks.catalog.find(name).engine.graphs for name in ("translator", "sentiment"))
+    assert not translator["step"].loaded.captured, "the source's length is another for each"
+    assert not translator["encode"].loaded.captured, "it has no states, and may run several times at once"
+    assert next(iter(sentiment.values())).loaded.captured
 
 
 def test_a_device_that_is_not_there(library: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -684,6 +706,29 @@ def test_measured_at_load(library: Path, tmp_path: Path) -> None:
     assert given.catalog.find("reader").engine.rounds.limits.rows == rows.rows
 
 
+def test_what_does_not_fit_is_not_measured(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds too large for a device's memory end the measuring, not the load; where none can be run the bundle is refused, with why."""
+    _, host = pair(library, "reader")
+    advance, most = OnnxGraph.advance, [20]
+
+    def full(self: OnnxGraph, feeds: dict[str, Array], carried: Any) -> Any:
+        if len(feeds["tokens"]) > most[0]:
+            raise MemoryError("Failed to allocate memory")
+        return advance(self, feeds, carried)
+
+    monkeypatch.setattr(OnnxGraph, "advance", full)
+    points = trial.measure(host, 5, clock=lambda: 0.0)
+    assert {p.rows for p in points} == {1, 4, 16}
+    assert {p.steps for p in points} == set(trial.STEPS)
+    assert choose(points).rows <= 16
+    most[0] = 0
+    loader = Loader(Placement(), Trials(None, None), Limits())
+    bundle = contract.load(library / "reader" / "1")
+    monkeypatch.setattr(trial, "first_run", lambda onnx: ([], []))
+    with pytest.raises(contract.BundleError, match="could not be measured: Failed to allocate memory"):
+        loader.load(bundle, library / "reader" / "1", CPU)
+
+
 def test_a_bundle_is_held_to_what_it_states(library: Path) -> None:
     """A device whose answers are off by more than the bundle states is refused, and one within it isn't; float16's own tolerance counts."""
     bound, host = pair(library, "reader")
@@ -710,15 +755,26 @@ def test_a_bundle_is_held_to_what_it_states(library: Path) -> None:
 def test_captured_rounds_are_held_against_others(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of one step between the same two blocks are captured; where what they give differs, or one fails, none is any more."""
     bound, _ = pair(library, "reader", captured=True)
-    assert bound.check_captured() is None
+    assert bound.check_captured(trial.drawing(bound.graph)) is None
     assert sum(c is not None for c in bound._captured.values()) == 2, "to and fro"
     monkeypatch.setattr(bound.loaded, "replay", lambda binding, number: None)
-    assert "came to something else" in str(bound.check_captured())
+    assert "came to something else" in str(bound.check_captured(trial.drawing(bound.graph)))
     assert not bound._captures
+    recorded, _ = pair(library, "reader", captured=True)
+    write, written = Fixed.write, []
+
+    def once(fixed: Fixed, array: Array) -> None:
+        if fixed not in written:
+            written.append(fixed)
+            write(fixed, array)
+
+    with monkeypatch.context() as patch:  # as an input is that a node takes on the CPU: its value is part of the recording
+        patch.setattr(Fixed, "write", once)
+        assert "came to something else" in str(recorded.check_captured(trial.drawing(recorded.graph)))
     other, _ = pair(library, "layers", captured=True)
     monkeypatch.setattr(other.loaded, "replay", lambda binding, number: 1 / 0)
-    assert "division" in str(other.check_captured())
-    assert other.check_captured() is None
+    assert "division" in str(other.check_captured(trial.drawing(other.graph)))
+    assert other.check_captured(trial.drawing(other.graph)) is None
 
 
 GPU = pytest.mark.gpu
@@ -736,7 +792,7 @@ def test_a_gpu_answers_as_the_cpu(library: Path, name: str, captured: bool) -> N
     bound = BoundGraph(bundle.graph, file, cuda, Placement((cuda,), True, captured=captured), 64)
     assert trial.first_run(bound)[0] == []
     assert trial.agree(bound, OnnxGraph(bundle.graph, file), tolerance.allowed(bundle.verified, "step")) == []
-    bound.check_captured()
+    bound.check_captured(trial.drawing(bound.graph))
     fetched = bound.banks.fetched
     rng = np.random.default_rng(0)
     carried = [bound.fresh(1) for _ in range(32)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from contract.bundle import BundleError
-from server import graph
+from server import graph, trial
 from server.bound import BoundGraph
 from server.devices import CPU, Device, Placement
 from server.exclusion import Exclusion
@@ -85,11 +85,11 @@ def test_each_thread_captures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return whole(exclusion)
 
     monkeypatch.setattr(Exclusion, "alone", noted)
-    assert bound.check_captured() is None
+    assert bound.check_captured(trial.drawing(bound.graph)) is None
     here = threading.current_thread().name
     assert alone == [here] * 2, "to and fro"
     failed: list[object] = []
-    other = threading.Thread(target=lambda: failed.append(bound.check_captured()), name="another", daemon=True)
+    other = threading.Thread(target=lambda: failed.append(bound.check_captured(trial.drawing(bound.graph))), name="another", daemon=True)
     other.start()
     other.join(WAIT_S)
     assert failed == [None]
@@ -114,6 +114,6 @@ def test_a_model_that_cannot_be_captured_goes_without(tmp_path: Path, monkeypatc
     assert not bound.loaded.captured
     assert not bound._captures
     assert bound.loaded.options is None
-    assert bound.check_captured() is None
+    assert bound.check_captured(trial.drawing(bound.graph)) is None
     with pytest.raises(BundleError):
         graph.Loaded(tmp_path / "nothing.onnx")

@@ -13,13 +13,13 @@ from tests.conformance.case import NotOffered, Server, case, same
 
 
 def _run(server: Server, model: str, *options: str) -> None:
-    """Forty calls at most a window, and a report that counts them."""
+    """Forty calls a window, however long that takes on a busy machine, and a report that counts them."""
     binary, environment = _binary()
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "report.csv"
         command = [
-            binary, "-m", model, "-u", server.url, "-i", "grpc", "-f", str(file), "--measurement-interval", "200", "--max-trials", "3",
-            "--stability-percentage", "999", *options,
+            binary, "-m", model, "-u", server.url, "-i", "grpc", "-f", str(file), "--measurement-mode", "count_windows",
+            "--measurement-request-count", "40", "--max-trials", "3", "--stability-percentage", "999", *options,
         ]  # fmt: skip
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100)
         if done.returncode or not file.exists():

@@ -189,7 +189,8 @@ def in_engine(app: App, sessions: int, seconds: float) -> Cell:
 
 
 def with_sessions(app: App, sessions: int, seconds: float) -> Cell:
-    """Messages of 32 turns given to the Turns handler, as a front gives them, by this thread; replies leave from the workers'."""
+    """Messages of 32 turns given to the Turns handler by this thread, which attends as a front's does: it hands over together what has
+    come, and runs brief rounds when nothing more has. Replies leave from whoever ran the round."""
     model = app.catalog.find(NAME)
     call = _Answering()
     stream = app.methods["/seqserve.v1.Sessions/Turns"].start(call)
@@ -212,8 +213,18 @@ def with_sessions(app: App, sessions: int, seconds: float) -> Cell:
     began = time.perf_counter()
     warm = began + min(1.0, seconds / 3)
     counted, turns, under_way = None, 0, len(groups)
+    attends = False
     while under_way:
-        group, at = call.answered.get()
+        if call.answered.empty():
+            if attends:
+                attends = app.workers.brief()
+                continue
+            found = call.answered.get()  # asleep, as a front is until the network wakes it
+            app.workers.attend()
+            attends = True
+        else:
+            found = call.answered.get()
+        group, at = found
         if counted is None and at > warm:
             counted, turns = Counted(model, app), 0
             began = at

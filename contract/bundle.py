@@ -328,8 +328,8 @@ def validate(bundle: Bundle) -> list[str]:
 def _graph_faults(graph: Graph) -> Iterator[str]:
     names = [t.name for t in graph.inputs] + [s.input for s in graph.states]
     yield from (f"input {n!r} is named {names.count(n)} times: name it once" for n in sorted({n for n in names if names.count(n) > 1}))
-    names = [t.name for t in graph.outputs] + [s.output for s in graph.states]
-    yield from (f"output {n!r} is named {names.count(n)} times: name it once" for n in sorted({n for n in names if names.count(n) > 1}))
+    for names in ([t.name for t in graph.outputs], [s.output for s in graph.states]):  # what a state becomes may be an output too
+        yield from (f"output {n!r} is named {names.count(n)} times: name it once" for n in sorted({n for n in names if names.count(n) > 1}))
     if not graph.outputs:
         yield "has no outputs: name at least one"
     if graph.max_time < 1:

@@ -41,6 +41,7 @@ class _Axes:
     batch: str | None = None
     time: str | None = None
     fixed: bool = False  # rows can't be stacked: the batch is fixed to 1
+    flat: bool = False  # what callers send has one axis at most, so that may be the rows
     remarks: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -57,11 +58,15 @@ def propose(file: str, inputs: Sequence[Port], outputs: Sequence[Port], batch_fi
         pairs = []
     taken, given = {i.name for i, _ in pairs}, {o.name for _, o in pairs}
     data = [p for p in inputs if p.name not in taken]
+    axes.flat = all(len(p.dims) < 2 for p in data)
     _find_batch(axes, data, [i for i, _ in pairs], batch_first)
     _find_time(axes, data, batch_first)
     tensors = [_input(p, axes, batch_first) for p in data]
     states = [_state(i, o, axes) for i, o in pairs]
     results = [_output(p, axes, any(TIME in t.axes for t in tensors)) for p in outputs if p.name not in given]
+    if not results and given:
+        axes.remarks.append("it gives nothing but its next state: callers get that")
+        results = [_output(p, axes, False) for p in outputs if p.name in given]
     timed = any(TIME in t.axes for t in tensors)
     if states and not timed:
         axes.remarks.append("no input has an axis of open length beside its rows: each call or turn is one step")
@@ -141,10 +146,17 @@ def _pairs(inputs: Sequence[Port], outputs: Sequence[Port], remarks: list[str]) 
                 remarks.append(f"{i.name!r} and {o.name!r} are named like a state but differ: {_spell(i)} and {_spell(o)}")
             elif _TELLING.search(i.name):
                 remarks.append(f"{i.name!r} {_spell(i)} has more than one open axis: a state's size can't change, so callers send it")
-        looks = [o for o in outputs if o.name not in spent and _alike(i, o) and _TELLING.search(i.name)]
+        looks = [
+            o for o in outputs if o.name not in spent and _alike(i, o) and (_TELLING.search(i.name) or (not kept and _only(i, o, inputs)))
+        ]
         if len(looks) == 1 and (i.name, looks[0].name) not in named:
             remarks.append(f"{i.name!r} may be a state that becomes {looks[0].name!r}, by form; by name it is not: say so if it is")
     return found
+
+
+def _only(i: Port, o: Port, inputs: Sequence[Port]) -> bool:
+    """Whether an input is the only one that might be a state by its form: of rows that are rows of some size, and not all there is."""
+    return len(i.dims) > 1 and len(inputs) > 1 and [p for p in inputs if _alike(p, o)] == [i]
 
 
 def _alike(i: Port, o: Port) -> bool:
@@ -163,7 +175,7 @@ def _spell(port: Port) -> str:
 # Axes
 
 
-_BATCH_LIKE = re.compile(r"b|n|bs|.*batch.*", re.IGNORECASE)
+_BATCH_LIKE = re.compile(r"b|n|bs|rows?|.*batch.*", re.IGNORECASE)
 _TIME_LIKE = re.compile(r"t|l|s|.*(time|seq|len|step|frame|sample|token|chunk).*", re.IGNORECASE)
 _LENGTHS = re.compile(r"(.*[_.])?(lengths?|lens?|seq_?lens?|seqlens?)", re.IGNORECASE)
 
@@ -204,7 +216,7 @@ def _batch_at(port: Port, axes: _Axes, batch_first: bool) -> int | None:
         return port.dims.index(axes.batch)
     if axes.fixed:
         ones = [at for at, d in enumerate(port.dims) if d == 1]
-        return ones[0] if ones and len(port.dims) > 1 else None
+        return ones[0] if ones and (len(port.dims) > 1 or axes.flat) else None
     if not any(isinstance(d, str) for d in port.dims) and (free := _open(port)):
         return free[0 if batch_first or len(free) < 2 else 1]
     return None

@@ -227,6 +227,8 @@ def unbound(graph: Graph) -> str | None:
     """Why a graph can't have its states on a device, or None where it can."""
     if not graph.states:
         return "it has no states"
+    if both := {t.name for t in graph.outputs} & {s.output for s in graph.states}:
+        return f"{min(both)!r} is an output and a state, which would have to lie in two places"
     texts = [t.name for t in (*graph.inputs, *graph.outputs) if t.dtype == "string"]
     return f"{texts[0]!r} is text, which can't be bound to a place in memory" if texts else None
 

@@ -7,7 +7,7 @@ cut, whether rows alter each other. It knows proposals and a file that runs; it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from contract import bundle as contract
 from contract.bundle import BATCH, TIME, Axis, Bundle, BundleError, Graph, Tensor
 from contract.propose import Proposal, propose
-from server.differs import RATE, USUAL_RATE, batch_differs, cut_differs, draw, fresh, padded_differs
+from server.differs import LONG, RATE, USUAL_RATE, batch_differs, cut_differs, draw, fresh, padded_differs
 from server.graph import OnnxFile
 
 log = logging.getLogger(__name__)
@@ -58,39 +58,63 @@ def understand(file: Path, window: int = 0) -> Proposal:
     if any(sum(not isinstance(d, int) for d in port.dims) > 1 for port in onnx.inputs):
         trials.append(propose(file.name, onnx.inputs, onnx.outputs, batch_first=False))
     why = ""
-    for trial in trials:
+    mixed: Proposal | None = None
+    for trial in dict.fromkeys(trials):
         if any(t.dtype not in contract.DTYPES for t in trial.graph.inputs) or not trial.graph.inputs:
             return trial
-        for graph, note in _variants(trial.graph, window):
-            try:
-                seen = _forms(onnx, graph)
-                settled, remarks = _settled(onnx, replace(graph, outputs=tuple(seen.outputs)))
-            except ValueError as e:
-                why = why or str(e)[:300]
-                continue
-            faults = [f for f in trial.faults if not f.startswith("output ")] + seen.faults
-            guesses = [r for r in trial.remarks if not r.startswith("output ")]  # what runs have shown is no guess any more
-            if note and not window:
-                others = [str(size) for size in _others(settled) if _runs(onnx, graph, settled, size)]
-                if others:
-                    remarks = [
-                        *remarks,
-                        f"it runs with windows of {', '.join(others)} as well: `seqserve inspect --window N` where yours are",
-                    ]
-            valid = contract.validate(Bundle(GRAPH, {GRAPH: settled}, GRAPH))
-            faults += [f for f in (v.removeprefix(f"graph '{GRAPH}': ") for v in valid) if f not in faults]
-            return Proposal(settled, (*guesses, *note, *seen.remarks, *remarks), tuple(faults))
-    return replace(first, faults=(*first.faults, f"it does not run as proposed: {why}"))
+        try:
+            found = _tried(onnx, trial, window)
+        except ValueError as e:
+            why = why or str(e)[:300]
+            continue
+        if found.graph.shared or not trial.graph.shared:
+            return found
+        mixed = mixed or found  # a row depends on others: steps may have been taken for rows
+    return mixed or replace(first, faults=(*first.faults, f"it does not run as proposed: {why}"))
 
 
-def _variants(graph: Graph, window: int) -> Iterator[tuple[Graph, tuple[str, ...]]]:
-    """The graph; and as it would be if its time axis took windows of one size only."""
+def _tried(onnx: OnnxFile, trial: Proposal, window: int) -> Proposal:
+    """A proposal, corrected by running it. Raises ValueError where nothing of the kind runs."""
+    why = ""
+    poor: Proposal | None = None  # windows of that size run, but to no use
+    for graph, note, given in _variants(trial.graph, window, _declared(onnx)):
+        try:
+            seen = _forms(onnx, graph)
+            if given and not any(given in t.axes for t in seen.outputs):
+                continue  # the file's size is another axis'
+            settled, remarks = _settled(onnx, replace(graph, outputs=tuple(seen.outputs)))
+        except ValueError as e:
+            why = why or str(e)
+            continue
+        faults = [f for f in trial.faults if not f.startswith("output ")] + seen.faults
+        guesses = [r for r in trial.remarks if not r.startswith("output ")]  # what runs have shown is no guess any more
+        if note and not window and (others := [str(size) for size in _others(settled) if _runs(onnx, graph, settled, size)]):
+            remarks += [f"it runs with windows of {', '.join(others)} as well: `seqserve inspect --window N` where yours are"]
+        valid = contract.validate(Bundle(GRAPH, {GRAPH: settled}, GRAPH))
+        faults += [f for f in (v.removeprefix(f"graph '{GRAPH}': ") for v in valid) if f not in faults]
+        found = Proposal(settled, (*guesses, *note, *seen.remarks, *remarks), tuple(faults))
+        if not faults or not note:
+            return found
+        poor = poor or found
+    if poor is None:
+        raise ValueError(why)
+    return poor
+
+
+def _declared(onnx: OnnxFile) -> tuple[int, ...]:
+    """Sizes that the file gives only outputs: of an example, where an exporter wired its length into the nodes."""
+    taken = {d for port in onnx.inputs for d in port.dims}
+    return tuple(dict.fromkeys(d for port in onnx.outputs for d in port.dims if isinstance(d, int) and d > 1 and d not in taken))
+
+
+def _variants(graph: Graph, window: int, declared: Sequence[int]) -> Iterator[tuple[Graph, tuple[str, ...], int]]:
+    """The graph; and as it would be if its time axis took windows of one size only: a remark, and the size if the file has it."""
     if not window:
-        yield graph, ()
+        yield graph, (), 0
     timed = [t for t in graph.data if TIME in t.axes]
     if not graph.states or len(timed) != 1:
         return
-    for size in (window,) if window else WINDOWS:
+    for size in (window,) if window else (*declared, *WINDOWS):
 
         def fixed(t: Tensor, size: int = size) -> Tensor:
             if RATE.fullmatch(t.name) and t.batch_axis is None:
@@ -102,7 +126,7 @@ def _variants(graph: Graph, window: int) -> Iterator[tuple[Graph, tuple[str, ...
             note = f"input {timed[0].name!r}: a turn is one window of exactly {size}, as you say"
         rate = [f"{t.name!r} is held to {USUAL_RATE}" for t in graph.data if RATE.fullmatch(t.name) and t.batch_axis is None]
         inputs = tuple(fixed(t) for t in graph.inputs)
-        yield replace(graph, inputs=inputs, max_time=1, cut=False), (note, *rate)
+        yield replace(graph, inputs=inputs, max_time=1, cut=False), (note, *rate), size if size in declared and not window else 0
 
 
 def _window(graph: Graph) -> tuple[Tensor, int] | None:
@@ -148,7 +172,7 @@ def _forms(onnx: OnnxFile, graph: Graph) -> _Seen:
             seen.remarks.append(f"output {port.name!r} is {port.dtype}, no tensor of numbers: left out")
             continue
         shapes = [run[port.name].shape for run in runs]
-        if port.name in kept:
+        if port.name in kept and port.name not in {t.name for t in graph.outputs}:
             state = kept[port.name]
             wanted = [tuple(rows if a == BATCH else a for a in state.axes) for rows, _ in sizes]
             if shapes != wanted:
@@ -186,12 +210,22 @@ def _read(shapes: Sequence[tuple[int, ...]], sizes: Sequence[tuple[int, int]], g
 def _settled(onnx: OnnxFile, graph: Graph) -> tuple[Graph, list[str]]:
     """The graph with what runs show: whether it may be cut, and whether rows may share a run."""
     remarks = []
-    if graph.cut and graph.max_time > 1 and (differ := cut_differs(onnx, graph)):
-        graph = replace(graph, cut=False)
-        remarks.append(f"{', '.join(map(repr, differ))} would differ if a sequence were cut: each call or turn runs whole")
-    if graph.shared and (differ := batch_differs(onnx, graph)):
-        graph = replace(graph, shared=False)
-        remarks.append(f"{', '.join(map(repr, differ))} of a row depend on the rows beside it: callers never run together")
+    if graph.cut and graph.max_time > 1:
+        cut = cut_differs(onnx, graph)
+        if cut.wrong:
+            graph = replace(graph, cut=False)
+            remarks.append(f"{_listed(cut.wrong)} would differ if a sequence were cut: each call or turn runs whole")
+        elif cut.steps < min(LONG[0], graph.max_time):
+            remarks.append(f"it is slow, so pieces were held against the whole over {cut.steps} steps: what looks further back is not seen")
+        elif cut.rounded:
+            remarks.append(f"{_listed(cut.rounded)} may differ in the last bits by where a sequence is cut")
+    if graph.shared:
+        rows = batch_differs(onnx, graph)
+        if rows.wrong:
+            graph = replace(graph, shared=False)
+            remarks.append(f"{_listed(rows.wrong)} of a row depend on the rows beside it: callers never run together")
+        elif rows.rounded:
+            remarks.append(f"{_listed(rows.rounded)} of a row may differ in the last bits by how many run together")
     padded = replace(graph, padded=True)
     if graph.shared and not contract.validate(Bundle(GRAPH, {GRAPH: padded}, GRAPH)):  # it can't be cut, and takes lengths
         if differ := padded_differs(onnx, graph):
@@ -200,3 +234,7 @@ def _settled(onnx: OnnxFile, graph: Graph) -> tuple[Graph, list[str]]:
             graph = padded
             remarks.append("it is told how long each row is: sequences of different lengths run together")
     return graph, remarks
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

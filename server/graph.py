@@ -74,7 +74,9 @@ class OnnxGraph:
         self.graph = graph
         self.device = device
         self.outputs: tuple[str, ...] = (*(t.name for t in graph.outputs), *(s.output for s in graph.states))
-        self._names = list(self.outputs)
+        self._names = list(dict.fromkeys(self.outputs))
+        # Where a state's next value is an output too, it is asked for once, and given twice.
+        self._places = [self._names.index(name) for name in self.outputs] if len(self._names) < len(self.outputs) else None
         self._row = states.fresh(graph, 1)
         self.busy = 0.0  # seconds that the device, or a thread on a CPU, was at it: gathering and running
         self._counting = threading.Lock()
@@ -89,8 +91,7 @@ class OnnxGraph:
             with contextlib.suppress(IndexError):  # another thread's run has taken it
                 options = _shrinking.pop()
         result: Sequence[Array] = self._run(self._names, feeds, options)
-
-        return result
+        return result if self._places is None else [result[place] for place in self._places]
 
     def fresh(self, rows: int) -> Rows:
         """The state of `rows` rows that have read nothing; one such row is the same for all."""
@@ -424,11 +425,11 @@ def _faults(graph: Graph, session: ort.InferenceSession) -> list[str]:
             elif shape:
                 for axis, size in zip(axes, shape, strict=True):
                     alone = (axis == "time" and graph.max_time == 1) or (axis == "batch" and graph.max_rows == 1)
-                    # Of an output an open axis is a note that onnxruntime does not hold it to, and torch's exporter notes an LSTM's
+                    # Of an output its axes are a note that onnxruntime does not hold it to, and torch's exporter notes an LSTM's
                     # steps as the example's; what comes out is seen when the catalog runs it.
-                    noted = side == "output" and isinstance(axis, str)
-                    if isinstance(size, int) and axis != size and not (alone and size == 1) and not noted:
-                        faults.append(f"{side} {name!r} axis {axis!r} is fixed to {size} in the file: export it dynamic")
+                    if isinstance(size, int) and axis != size and not (alone and size == 1) and side == "input":
+                        wanted = f"axis {axis!r}" if isinstance(axis, str) else f"an axis of {axis}"
+                        faults.append(f"{side} {name!r}: {wanted} is fixed to {size} in the file: export it dynamic")
         if side == "input":
             named = {name for name, _, _ in promised}
             faults += [f"input {n!r} of the file is not in the contract: describe it" for n in has if n not in named]

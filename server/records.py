@@ -28,6 +28,7 @@ one which the record means (not one left by another session of that id) is held 
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -44,6 +45,9 @@ FORMAT = 1
 MAGIC = b"sqsv"
 INLINE = 64  # replies that a record carries itself
 INLINE_BYTES = 4096  # and their bytes: written again at every turn until they are acknowledged or moved to a page
+
+LONGEST = 1e9  # seconds that a session may live after its last turn
+TURNS = 2**63  # more than anyone takes; there is room for one more turn after that
 
 Array = np.ndarray[Any, Any]
 
@@ -204,6 +208,15 @@ def decode(value: bytes, page: Callable[[int], bytes | None]) -> Stored:
         raise Unreadable(DAMAGED, f"replies of turns {kept.acknowledged + 1} to {kept.turn} are not all there")
     kept = Kept(kept.id, kept.model, kept.version, kept.fingerprint, kept.ttl, kept.turn, kept.acknowledged, None, tuple(replies))
     return Stored(Record(kept, record.expires, record.arrays, record.rest), pages)
+
+
+def lives(record: Record) -> str | None:
+    """Why no server wrote that, or None where one may have: what a caller made up may have a deadline that never comes, or a turn after
+    which none can be counted."""
+    kept = record.kept
+    if 0 < kept.ttl <= LONGEST and 0 <= record.expires < math.inf and kept.turn <= TURNS:
+        return None
+    return f"it is at turn {kept.turn}, lives for {kept.ttl:g} s and until {record.expires:g}"
 
 
 def fits(record: Record, graph: Graph) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import secrets
 import threading
 import time
@@ -22,7 +23,7 @@ from server.catalog import Catalog, Model
 from server.engine import Clock
 from server.errands import Errands
 from server.errors import Conflict, DeviceLost, Draining, Gone, InvalidInput, NotFound, ServeError, listed
-from server.records import Packed, Record, Unreadable, decode, encode, fits
+from server.records import LONGEST, Packed, Record, Unreadable, decode, encode, fits, lives
 from server.sessions import Kept, Session, Sessions
 from server.states import Block, Home, Rows, here
 from server.store import Durability, MemoryStore, Refusal, Store, StoreFailed
@@ -70,6 +71,10 @@ class Shelf:
         self.sessions = Sessions(limits.most)
         self.lock = threading.Lock()  # of `changed`: to take it by itself costs half as much
         self.changed = threading.Condition(self.lock)
+        # Ids that the store is being told of, by a commit of their turns or since they expired: who ends one, or opens one of that name,
+        # waits until it was, or what it has the store do would be undone. With the lock held.
+        self.unsettled: set[str] = set()
+        self._awaited = 0  # who waits for one of them
         self._stopping = False
         self._look_at = float("inf")  # when the thread below looks next; to wake it for each new session cost a tenth of all calls
         self._expiry = threading.Thread(target=self._expire, name="session-expiry", daemon=True)
@@ -138,14 +143,34 @@ class Shelf:
             raise InvalidInput("NO_TURNS", f"model {found.name!r} answers whole texts: call Translate or TranslateStream", model=found.name)
         self._known(found)
         _check_id(id)
-        if not 0 <= ttl <= 1e9:
-            raise InvalidInput("BAD_TTL", f"ttl {ttl}; allowed are 0 (the default, {self._limits.ttl:g} s) to 1e9 seconds", got=ttl)
+        if not 0 <= ttl <= LONGEST:
+            raise InvalidInput("BAD_TTL", f"ttl {ttl}; allowed are 0 (the default, {self._limits.ttl:g} s) to {LONGEST:g} seconds", got=ttl)
         kept = Kept(id or _new_id(), found.name, found.version, found.bundle.fingerprint, ttl or self._limits.ttl, state=Memory())
         self._find(kept.id)
         with self.changed:
+            self._await(kept.id)
             self._expect(self.sessions.open(kept, self._clock()))
         self._keep(kept)
         return kept
+
+    def settled(self, ids: Iterable[str]) -> None:
+        """The store was told of them. With the lock held."""
+        self.unsettled.difference_update(ids)
+        if self._awaited:
+            self.changed.notify_all()
+
+    def end(self, id: str) -> None:
+        """A session has ended: so be it in the store. Raises StoreFailed."""
+        with self.changed:
+            self._await(id)
+        self.write((), [id])
+
+    def _await(self, id: str) -> None:
+        """With the lock held, which is let go of meanwhile."""
+        if id in self.unsettled:
+            self._awaited += 1
+            self.changed.wait_for(lambda: id not in self.unsettled)
+            self._awaited -= 1
 
     def _keep(self, kept: Kept) -> None:
         """Store a session just made; where that fails it was not made."""
@@ -186,6 +211,7 @@ class Shelf:
         """Another session that goes on from the last applied turn of this one."""
         _check_id(new)
         with self.held(id):
+            self._await(new)
             forked = self.sessions.fork(id, new or _new_id(), self._clock())
             kept = forked.kept
             self._expect(forked)
@@ -202,7 +228,7 @@ class Shelf:
             if move:
                 self.sessions.close(id, "moved")
         if move:
-            self.write((), [id])
+            self.end(id)
         value, _, added, _ = encode(_record(kept, self._wall() + kept.ttl))
         return value, dict(added)
 
@@ -215,6 +241,7 @@ class Shelf:
         except Unreadable as e:
             raise InvalidInput("RECORD_" + e.reason, f"what was sent is no exported session: {e}") from None
         kept = replace(found.kept, id=id or found.kept.id)
+        _check_id(kept.id)
         self._find(kept.id)
         self._take_up(replace(found, kept=kept, expires=self._wall() + kept.ttl))
         with self.changed:
@@ -250,12 +277,19 @@ class Shelf:
     def _take_up(self, record: Record) -> None:
         """A session that survived goes on, if the model that made its state is here. Raises Gone, Conflict or Overloaded."""
         kept = record.kept
+        if fault := lives(record):
+            raise _unfit(kept, "RECORD_DAMAGED", f"{fault}, which no server wrote")
         model = self.model(kept)
         if fault := fits(record, model.bundle.graph):
             raise _unfit(kept, "STATE_MISMATCH", fault)
         rows = Rows(model.bundle.graph.state_axes, record.arrays, 0, 1) if record.arrays is not None else None
+        if model.bundle.kind == "generate" and not _reads(record.rest, model):
+            raise _unfit(
+                kept, "STATE_MISMATCH", f"the symbol that it has not read yet is {record.rest[:20]!r}, which is none of the model's"
+            )
         left = record.expires - self._wall()
         with self.changed:
+            self._await(kept.id)
             self._expect(self.sessions.open(replace(kept, state=Memory(rows, record.rest)), self._clock(), left))
 
     @contextmanager
@@ -311,7 +345,7 @@ class Shelf:
         """The same for a session whose next turn is about to run: it moves now. What is stored of it says so with that turn, and
         until then what was true before: the state is the same."""
         model = self.model(session)
-        if model.bundle.fingerprint != session.fingerprint:
+        if model.version != session.version or model.bundle.fingerprint != session.fingerprint:
             with self.changed:
                 self.sessions.move(session, model.version, model.bundle.fingerprint)
         return model
@@ -320,9 +354,11 @@ class Shelf:
         """The newest version of a session's model, where that is another than its own and carries states of the same names,
         dtypes and axes; None where it is not."""
         newest = self._catalog.exact(kept.model, "")
-        if newest is None or newest.bundle.fingerprint == kept.fingerprint:
-            return None
         own = self._catalog.exact(kept.model, kept.version)
+        if newest is None or newest is own:
+            return None
+        if newest.bundle.fingerprint == kept.fingerprint:
+            return newest if own is None else None  # the same under another number
         if own is not None and own.bundle.fingerprint == kept.fingerprint:
             self._known(own)
         if self._carried.get(kept.fingerprint) != self._known(newest):
@@ -385,15 +421,17 @@ class Shelf:
                 now = self._clock()
                 late = self.sessions.expired(now)
                 if late:
+                    self.unsettled.update(late)
                     self.changed.release()  # the store may take its time
                     try:
                         self._forget(late)
                     finally:
                         self.changed.acquire()
+                        self.settled(late)
                     continue
                 at = self.sessions.wake_at()
                 self._look_at = float("inf") if at is None else at
-                self.changed.wait(None if at is None else max(0.0, at - now))
+                self.changed.wait(None if at is None else min(max(0.0, at - now), threading.TIMEOUT_MAX))
 
     def _expect(self, session: Session) -> None:
         """A session has come: wake the thread above where it expires sooner than that looks. With the lock held."""
@@ -422,6 +460,14 @@ def _record(kept: Kept, expires: float) -> Record:
 def _unfit(kept: Kept | Session, reason: str, why: str) -> Gone:
     message = f"session {kept.id!r} can't go on after turn {kept.turn}: {why}; open a new one"
     return Gone(reason, message, session=kept.id, turn=kept.turn)
+
+
+def _reads(rest: str, model: Model) -> bool:
+    """Whether it is nothing, or the number of a symbol that the model reads."""
+    tokens = model.bundle.graph.input("tokens")
+    if not rest or tokens is None:
+        return not rest
+    return rest.isascii() and rest.isdecimal() and tokens.allowed <= int(rest[:19]) <= (math.inf if tokens.high is None else tokens.high)
 
 
 def _new_id() -> str:

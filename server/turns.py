@@ -241,7 +241,7 @@ class Turns:
         with self.shelf.held(id):
             pass  # it is in memory now
         kept = self._end(id, "closed")
-        self.shelf.write((), [id])
+        self.shelf.end(id)
         return kept
 
     def _end(self, id: str, why: str) -> Kept:
@@ -429,9 +429,11 @@ class Turns:
             self._apply(ran)
 
     def _apply(self, ran: list[_Ran]) -> None:
-        moved = self._store(ran) if self.shelf.keeps else frozenset()
-        if moved is None:
-            return
+        moved: frozenset[str] = frozenset()
+        if self.shelf.keeps:
+            ran, moved = self._store(ran)
+            if not ran:
+                return
         closed: list[Session] = []
         told: list[tuple[Session, list[Pending], Listed[bytes]]] = []
         now = self._clock()
@@ -445,6 +447,12 @@ class Turns:
                     continue
                 told.append((session, self._sessions.commit(session, r.replies, r.memory, now), r.replies))
             old = self._grown_old(ran)
+            if self.shelf.keeps and not closed:
+                self.shelf.settled([r.session.id for r in ran])
+        if closed and self.shelf.keeps:  # before anyone is told, who may end one of these
+            self._stay_closed(closed)
+            with self._lock:
+                self.shelf.settled([r.session.id for r in ran])
         for _, done, replies in told:
             for pending, reply in zip(done, replies, strict=True):
                 self._deliver(pending.work, reply)
@@ -461,8 +469,6 @@ class Turns:
         for id in moved:
             with suppress(ServeError):  # closed meanwhile
                 self._end(id, "taken")
-        if closed and self.shelf.keeps:
-            self._stay_closed(closed)
         self.shelf.put_away()
 
     def _told(self, sessions: Listed[Session]) -> list[Session]:
@@ -493,19 +499,27 @@ class Turns:
                 self.shelf.write(() if kept is None else [kept], [session.id] if kept is None else ())
                 written = kept
 
-    def _store(self, ran: list[_Ran]) -> frozenset[str] | None:
-        """Store what was run; gives the ids that another server has taken up since, or None where nothing could be stored."""
+    def _store(self, ran: list[_Ran]) -> tuple[list[_Ran], frozenset[str]]:
+        """Store what was run; gives what was stored, and the ids of it that another server has taken up since. The rest was told of
+        its failure: of several that can't be stored at once, the one that can't be stored at all. Those given back are unsettled."""
         with self._lock:
             kept = [self._sessions.applied(r.session, r.replies, r.memory) for r in ran if r.session.line]
+            self.shelf.unsettled.update([r.session.id for r in ran])
         try:
-            return self.shelf.write(kept)
+            return ran, self.shelf.write(kept)
         except Exception as e:  # whatever the store's trouble, each caller must be told, and no session be left waiting
+            if len(ran) > 1 and not isinstance(e, ServeError):
+                half = len(ran) // 2
+                (first, gone), (second, away) = self._store(ran[:half]), self._store(ran[half:])
+                return first + second, gone | away
             if not isinstance(e, ServeError):
                 log.exception("turns could not be stored")
                 e = ModelFailed("STORE_FAILED", f"the turn could not be stored: {e}")
+            with self._lock:
+                self.shelf.settled([r.session.id for r in ran])
             for r in ran:
                 self.failed(r.session, e)
-            return None
+            return [], frozenset()
 
     def _grown_old(self, ran: list[_Ran]) -> list[_Ran]:
         """Turns of rounds so long ago that whoever is used at all was used since. With the lock held. By rounds alone, where very many

@@ -76,11 +76,28 @@ def made(graph: Graph, module: nn.Module, directory: Path) -> OnnxGraph:
 def test_a_right_export_is_proved_bit_for_bit(graph: Graph, module: nn.Module, tmp_path: Path) -> None:
     """ONNX is PyTorch within rounding; rows run together and cut are the rows alone and whole, bit for bit."""
     proof = verify.verify("it", graph, module, made(graph, module, tmp_path))
-    assert proof.cases == len(verify.ROWS) * (len(verify.TIMES) if graph is READER else 1)
+    assert proof.cases == (len(verify.ROWS) * len(verify.TIMES) + 1 if graph is READER else len(verify.ROWS))
     assert proof.batched_is_alone
     assert proof.cut_is_whole is (True if graph is READER else None)
     assert proof.error < verify.ABSOLUTE
     assert verify.settled(graph, proof).shared
+
+
+class Weekly(nn.Module):
+    """Each step's output is the input of 168 steps before."""
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return nn.functional.pad(x, (0, 0, 168, 0))[:, : x.shape[1]], h + x.sum(1)
+
+
+def test_what_looks_far_back_is_refused(tmp_path: Path) -> None:
+    """A look-back longer than all short trials is found by the long one: a graph that is said to be cut must stand it."""
+    graph = Graph(
+        "weekly.onnx", (bundle.Tensor("x", "float32", ("batch", "time", 3)),), (bundle.Tensor("each", "float32", ("batch", "time", 3)),),
+        (bundle.State("h", "next_h", "float32", ("batch", 3)),),
+    )  # fmt: skip
+    with pytest.raises(VerifyError, match=r"1 rows, 513 steps, cut at .* each "):
+        verify.verify("weekly", graph, Weekly(), made(graph, Weekly(), tmp_path))
 
 
 def test_nothing_of_the_machine_is_left_in_a_file(tmp_path: Path) -> None:

@@ -200,6 +200,20 @@ def test_sessions_move_where_states_agree(moving: Served, library: Path) -> None
     assert read(calls, ids[0], 3, 5)
 
 
+def test_sessions_move_to_the_same_under_another_number(moving: Served, library: Path) -> None:
+    """A version's files under the next number, and the version gone: its sessions go on there, as if nothing had been."""
+    calls = Calls(moving)
+    a = calls.new()
+    uncut = read(calls, calls.new(), 1, 1, 2, 3, 4)
+    first = read(calls, a, 1, 1, 2)
+    shutil.copytree(library / "reader" / "1", library / "reader" / "2")
+    load(moving, "reader")
+    shutil.rmtree(library / "reader" / "1")
+    load(moving, "reader")
+    assert first + read(calls, a, 2, 3, 4) == uncut
+    assert calls.get(sessions_pb2.SessionName(session=a)).model.version == "2"
+
+
 def test_sessions_stay_where_states_differ(moving: Served, library: Path) -> None:
     """A new version with another state, or with its states in another order, takes over no session; where the old one is unloaded, its
     sessions are told so, and a compatible one that comes later takes them up."""

@@ -259,7 +259,7 @@ def _load(directory: Path) -> Bundle:
     try:
         read = json.loads((directory / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BundleError(str(directory), [f"no {FILE}: export the model again, it is written last"]) from None
+        raise BundleError(str(directory), [_absent(directory)]) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise BundleError(str(directory), [f"{FILE} is not JSON ({e}): export the model again"]) from None
     bundle, faults = parse(read)
@@ -274,6 +274,17 @@ def _load(directory: Path) -> Bundle:
     if bundle is None or faults:
         raise BundleError(str(directory), faults)
     return bundle
+
+
+def _absent(directory: Path) -> str:
+    """Why there is no bundle to read, by what is there in its place."""
+    found = sorted(file.name for file in directory.glob("*.onnx"))
+    if not found:
+        return f"no {FILE} and no ONNX file: export a model into it, or put one there as model.onnx"
+    again = "export the model again where it was exported, for it is written last"
+    if len(found) == 1:
+        return f"no {FILE} beside {found[0]}: `seqserve inspect {directory / found[0]} --json` prints one to put there; or {again}"
+    return f"no {FILE}, and {len(found)} ONNX files ({', '.join(found)}): leave one of them, or write a {FILE} that names each; or {again}"
 
 
 def save(bundle: Bundle, directory: Path | str) -> Bundle:

@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         made = bundling.export(asked.run, asked.out, name, asked.scores, asked.precision)
     except FileNotFoundError as e:
-        print(f"error: {e}; train first, see python -m training --help", file=sys.stderr)
+        print(f"seqserve export: {e}; train first, see seqserve train --help", file=sys.stderr)
         return 1
     except verify.VerifyError as e:
-        print(f"error: the graphs differ from PyTorch, or from float32 by too much; nothing was exported\n{e}", file=sys.stderr)
+        print(f"seqserve export: the graphs differ from PyTorch, or from float32 by too much; nothing was exported\n{e}", file=sys.stderr)
         return 1
-    except (bundles.BundleError, KeyError, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (bundles.BundleError, KeyError, ValueError, OSError) as e:
+        print(f"seqserve export: {e}", file=sys.stderr)
         return 1
     for graph, proof in made.verified.items():
         proof = proof if "cases" in proof else proof["float32"]

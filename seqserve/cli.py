@@ -65,10 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         return _say(options.command, str(e), 2)
     except errors.Error as e:
         return _say(options.command, *explain(e, server, timeout))
-    except BrokenPipeError:
-        # The reader has gone, as with `| head`; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except OSError as e:
+        return _refused(options.command, e)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -99,6 +97,16 @@ def _say(command: str, message: str, code: int) -> int:
     return code
 
 
+def _refused(command: str, error: OSError) -> int:
+    """What the system refuses, a file or directory as a rule, in one line; nothing where it is the reader that has gone."""
+    if isinstance(error, BrokenPipeError):
+        # As with `| head`; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return _say(command, f"{where}{error.strerror or error}", 2)
+
+
 def _room(name: str, entry: metadata.EntryPoint | None, argv: list[str]) -> int:
     extra = ROOMS[name][1] if name in ROOMS else ""
     install = f"pip install 'seqserve[{extra}]'" if extra else "install the package it comes from again"
@@ -106,9 +114,13 @@ def _room(name: str, entry: metadata.EntryPoint | None, argv: list[str]) -> int:
         return _say(name, f"this command is not installed: {install}", 2)
     try:
         run: Callable[[list[str]], int] = entry.load()
-        return run(argv)
+        code = run(argv)
+        sys.stdout.flush()
+        return code
     except ModuleNotFoundError as e:  # a room may also import what is heavy late
         return _say(name, f"the module {e.name!r} is not installed: {install}", 2)
+    except OSError as e:
+        return _refused(name, e)
 
 
 # Options

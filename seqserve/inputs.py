@@ -110,9 +110,11 @@ def _numbers(line: Sequence[str], row: int, names: Sequence[str], at: Sequence[i
     values = np.empty(len(at), np.float32)
     for column, position in enumerate(at):
         cell = line[position] if position < len(line) else ""
-        if not _is_number(cell):
-            raise Usage(f"row {row} of the CSV, column {names[column]}: {cell!r} is not a number")
-        values[column] = float(cell)
+        try:
+            with np.errstate(over="raise"):
+                values[column] = float(cell)
+        except (ValueError, FloatingPointError):
+            raise Usage(f"row {row} of the CSV, column {names[column]}: {cell!r} is not a number of 32 bits") from None
     return values
 
 
@@ -157,6 +159,7 @@ def tensors_of(line: str, datatypes: Mapping[str, str]) -> dict[str, NDArray[Any
 def _array(name: str, listed: Any, datatypes: Mapping[str, str]) -> NDArray[Any]:
     datatype = datatypes.get(name, "")
     try:
-        return np.array(listed, tensors.DATATYPES.get(datatype, object if datatype == tensors.BYTES else None))
-    except (TypeError, ValueError, OverflowError) as e:
+        with np.errstate(over="raise"):  # a number beyond the datatype's range would become infinite, with a warning
+            return np.array(listed, tensors.DATATYPES.get(datatype, object if datatype == tensors.BYTES else None))
+    except (TypeError, ValueError, ArithmeticError) as e:
         raise Usage(f"{name}: not {datatype or 'an array'} ({e})") from None

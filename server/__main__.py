@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         app.when_failed = lambda: os.kill(os.getpid(), signal.SIGTERM)
         app.start()
     except (OSError, ValueError, StoreUnusable) as e:
-        print(f"seqserve: {e}", file=sys.stderr)
+        print(f"seqserve serve: {e}", file=sys.stderr)
         return 1
     while signal.sigwait(heard) == signal.SIGHUP:
         app.reload()

@@ -26,7 +26,7 @@ from server.metrics import Metrics
 from server.rounds import Limits
 from server.rpc import health, inference, inference_stream, inside, repository, sessions, tasks
 from server.rpc.answer import Desk
-from server.rpc.front import Method, Options, Tls, choose_front
+from server.rpc.front import Method, Options, Tls, cannot_listen, choose_front
 from server.rpc.gate import Gate
 from server.rpc.parameters import SERVICE
 from server.rpc.settings import Settings
@@ -130,7 +130,7 @@ class App:
         self.metrics.models([("ready", len(models)), ("refused", len(self.catalog.refused))])
         self.port = self.front.listen(f"{self.config.host}:{self.config.port}", _tls(self.config))
         if self.config.metrics_port >= 0:
-            self.metrics_port, self._stop_metrics = self.metrics.serve(self.config.host, self.config.metrics_port)
+            self.metrics_port, self._stop_metrics = self._serve_metrics()
         self.workers.start()
         self.shelf.start()
         if self.keys is not None:
@@ -151,6 +151,13 @@ class App:
             "serving %d models on %s:%d (metrics %s) after %.2f s", len(models), self.config.host, self.port,
             self.metrics_port if self.metrics_port >= 0 else "off", time.monotonic() - began,
         )  # fmt: skip
+
+    def _serve_metrics(self) -> tuple[int, Callable[[], None]]:
+        host, port = self.config.host, self.config.metrics_port
+        try:
+            return self.metrics.serve(host, port)
+        except OSError as e:
+            raise OSError(f"metrics: {cannot_listen(f'{host}:{port}')} ({e}): --metrics-port names another, -1 turns them off") from None
 
     def _tidy(self) -> None:
         while not self._over.wait(TIDY_S):

@@ -7,6 +7,7 @@ and the others serve on. A model has an engine for each device.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Mapping
@@ -33,6 +34,8 @@ from server.tasks.translate import Translator
 from server.workers import Workers
 
 log = logging.getLogger(__name__)
+
+READABLE = "let the user that the server runs as read it"
 
 Task = Classifier | Translator | Forecaster | Tagger | Generator
 
@@ -89,17 +92,27 @@ class Catalog:
         self._directory = Path()
         self._models: dict[str, dict[int, Model]] = {}  # replaced, never changed: readers need no lock
         self._exact: dict[tuple[str, str], Model] = {}  # the same, by name and version; "" is the newest
-        self.refused: dict[str, list[str]] = {}  # "name/version" → its faults
+        self.refused: dict[str, list[str]] = {}  # "name/version", or "name" where versions can't be read → its faults
 
     def scan(self, directory: Path) -> None:
-        """Load every bundle found; what can't be served is kept in `refused`, with its faults, and logged."""
+        """Load every bundle found; what can't be served is kept in `refused`, with its faults, and logged. Raises OSError where the
+        directory itself can't be read."""
         self._directory = directory
-        for found in sorted(p for p in directory.glob("*/*") if p.is_dir() and not p.name.startswith(".")):
+        for model in sorted(directory.iterdir()):
             try:
-                self.load(found)
+                found = _versions(model)
             except BundleError as e:
-                self.refused[f"{found.parent.name}/{found.name}"] = e.faults
-                log.error("refused %s:%s", found, "".join(f"\n  - {fault}" for fault in e.faults))
+                self._refuse(model, model.name, e)
+                continue
+            for version in found:
+                try:
+                    self.load(version)
+                except BundleError as e:
+                    self._refuse(version, f"{model.name}/{version.name}", e)
+
+    def _refuse(self, found: Path, place: str, error: BundleError) -> None:
+        self.refused[place] = error.faults
+        log.error("refused %s:%s", found, "".join(f"\n  - {fault}" for fault in error.faults))
 
     def load(self, directory: Path) -> Model:
         """Check, load and warm up the bundle in NAME/VERSION. Raises BundleError with every fault found."""
@@ -110,7 +123,8 @@ class Catalog:
                 self._workers.lost(lost)
             if isinstance(e, BundleError):
                 raise
-            raise BundleError(str(directory), [f"it can't be loaded ({type(e).__name__}: {e}): export the model again"[:300]]) from e
+            todo = READABLE if isinstance(e, PermissionError) else "export the model again"
+            raise BundleError(str(directory), [f"it can't be loaded ({type(e).__name__}: {e}): {todo}"[:300]]) from e
 
     def _load(self, directory: Path) -> Model:
         name, version = directory.parent.name, directory.name
@@ -163,7 +177,12 @@ class Catalog:
         """Make what is served of a model what is on disk: new and changed versions are loaded, ones that went are unloaded.
         Calls under way finish on the version they began with. Raises NotFound where there is nothing of that name,
         BundleError with the faults of all versions that can't be served; the others are."""
-        found = {p.name: p for p in self._directory.glob(f"{name}/*") if p.is_dir()} if _plain(name) else {}
+        try:
+            found = {p.name: p for p in _versions(self._directory / name)} if _plain(name) else {}
+        except BundleError as e:
+            self.refused[name] = e.faults
+            raise
+        self.refused.pop(name, None)
         if not found:
             known = listed(sorted({p.parent.name for p in self._directory.glob("*/*/")}))
             message = f"there is no model {name!r} in the models' directory; there are: {known}"
@@ -186,7 +205,11 @@ class Catalog:
 
     def places(self) -> list[str]:
         """NAME/VERSION of everything in the models' directory, whether it is served or not."""
-        return sorted(f"{p.parent.name}/{p.name}" for p in self._directory.glob("*/*") if p.is_dir() and not p.name.startswith("."))
+        found: list[str] = []
+        for model in self._directory.iterdir():
+            with contextlib.suppress(BundleError):  # what can't be read is refused, by its own name
+                found += [f"{model.name}/{version.name}" for version in _versions(model)]
+        return sorted(found)
 
     def unload(self, name: str, version: str = "") -> list[Model]:
         """Serve a model, or one version of it, no more; calls under way finish. Raises NotFound where it isn't served."""
@@ -237,6 +260,14 @@ class Catalog:
     def newest(self, kind: str) -> list[Model]:
         """The newest version of each model of a task."""
         return [m for m in (self.find(name) for name in sorted(self._models)) if m.bundle.kind == kind]
+
+
+def _versions(model: Path) -> list[Path]:
+    """The directories of a model's versions, in order; none where it is no directory. Raises BundleError where they can't be read."""
+    try:
+        return sorted(p for p in model.iterdir() if p.is_dir() and not p.name.startswith(".")) if model.is_dir() else []
+    except OSError as e:
+        raise BundleError(str(model), [f"it can't be read ({e.strerror or e}): {READABLE}"]) from None
 
 
 def _plain(name: str) -> bool:

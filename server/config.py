@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from server.devices import parse
+from server.records import LONGEST
 
 Count = int
 """A whole number, or in words how it is found: these two."""
 AUTO, MEASURED = 0, -1
+
+MOST = 1024  # threads or processes: of more the system may refuse some after all
 
 
 def _knob(default: Any, help: str) -> Any:
@@ -29,7 +33,7 @@ class Config:
     port: int = _knob(8001, "gRPC port; 0 takes a free one")
     port_file: Path | None = _knob(None, "write the gRPC port into this file once ready, for those who start us with --port 0")
     metrics_port: int = _knob(8002, "Prometheus port (HTTP, /metrics); 0 takes a free one, -1 turns it off")
-    workers: int = _knob(os.cpu_count() or 1, "threads that run rounds; one per core, onnxruntime itself uses one thread each")
+    workers: int = _knob(min(os.cpu_count() or 1, MOST), "threads that run rounds; one per core, onnxruntime itself uses one thread each")
     device: str = _knob(
         "cpu", "where rounds run: cpu, cuda, cuda:1, cuda:0,cuda:1; auto: a GPU where there is one, else the CPU with a warning"
     )
@@ -90,23 +94,23 @@ class Config:
             "metrics_port": -1,
         }  # fmt: skip
         faults = [f"--{_flag(name)} must be at least {low}" for name, low in least.items() if getattr(self, name) < low]
-        faults += [f"--{_flag(name)} must be at most 65535" for name in ("port", "metrics_port") if getattr(self, name) > 65535]
+        most = {"port": 65535, "metrics_port": 65535, "workers": MOST, "rpc_processes": MOST}
+        faults += [f"--{_flag(name)} must be at most {high}" for name, high in most.items() if getattr(self, name) > high]
+        for name in ("measure_seconds", "keepalive", "session_ttl"):
+            if not 0 < getattr(self, name) <= LONGEST:
+                faults.append(f"--{_flag(name)} must be above 0, and at most {LONGEST:g}")
+        for name in ("keys_interval", "drain_seconds"):
+            if not 0 <= getattr(self, name) <= LONGEST:
+                faults.append(f"--{_flag(name)} must not be negative, and at most {LONGEST:g}")
+        for name in ("max_wait", "standing_wait"):  # `inf` is as long as it takes
+            if not getattr(self, name) >= 0:
+                faults.append(f"--{_flag(name)} must not be negative")
         try:
             parse(self.device)
         except ValueError as e:
             faults.append(str(e))
         if self.state not in ("auto", "host", "device"):
             faults.append("--state must be auto, host or device")
-        if self.measure_seconds <= 0:
-            faults.append("--measure-seconds must be above 0")
-        if self.keys_interval < 0:
-            faults.append("--keys-interval must not be negative")
-        if self.keepalive <= 0:
-            faults.append("--keepalive must be above 0")
-        if self.drain_seconds < 0:
-            faults.append("--drain-seconds must not be negative")
-        if self.session_ttl <= 0:
-            faults.append("--session-ttl must be above 0")
         if self.move_sessions not in ("never", "compatible"):
             faults.append("--move-sessions must be never or compatible")
         if self.front not in ("auto", "direct", "public"):
@@ -115,6 +119,8 @@ class Config:
             faults.append("--log-level must be debug, info, warning or error")
         if self.log_format not in ("text", "json"):
             faults.append("--log-format must be text or json")
+        if self.otlp and not _collector(self.otlp):
+            faults.append(f"--otlp must be http://HOST:PORT, https://HOST:PORT or HOST:PORT, got {self.otlp!r}")
         if (self.tls_cert is None) != (self.tls_key is None):
             faults.append("--tls-cert and --tls-key go together")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -156,11 +162,20 @@ def _flag(name: str) -> str:
 def _count(text: str) -> int:
     """`auto`, `measured` or a whole number from 1 on."""
     words = {"auto": AUTO, "measured": MEASURED}
-    if str(text) in words:
-        return words[str(text)]
-    if int(text) < 1:
-        raise ValueError(text)
+    if text in words:
+        return words[text]
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be auto, measured or a whole number from 1, got {text!r}")
     return int(text)
+
+
+def _collector(text: str) -> bool:
+    """Whether a collector can be reached there: http://HOST:PORT, https://HOST:PORT or HOST:PORT."""
+    try:
+        url = urlsplit(text if "://" in text else f"https://{text}")
+        return url.scheme in ("http", "https") and bool(url.hostname) and (url.port is not None or "://" in text)
+    except ValueError:
+        return False
 
 
 def _kind(annotation: str) -> Any:

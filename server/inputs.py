@@ -75,15 +75,16 @@ def _check_form(tensor: Tensor, array: Array, sizes: dict[str, tuple[int, str]])
     if array.ndim != len(tensor.axes):
         message = f"input {name!r}: expected {spell(tensor)}, got {_got(array)}"
         raise InvalidInput("WRONG_RANK", message, tensor=name, expected=len(tensor.axes), got=array.ndim)
-    for axis, size in zip(tensor.axes, array.shape, strict=True):
+    for place, (axis, size) in enumerate(zip(tensor.axes, array.shape, strict=True), 1):
         if isinstance(axis, int):
-            wanted, because = axis, ""
+            which, wanted, because = f"{place} of {array.ndim}", axis, ""
         else:
             wanted, other = sizes.setdefault(axis, (size, name))
-            because = f" as in {other!r}"
+            which, because = axis, f" as in {other!r}"
         if size != wanted:
-            message = f"input {name!r}: axis {axis!r} must be {wanted}{because}, got {_got(array)}; expected {spell(tensor)}"
-            raise InvalidInput("WRONG_SHAPE", message, tensor=name, axis=axis, expected=wanted, got=size)
+            said = repr(which) if because else which
+            message = f"input {name!r}: axis {said} must be {wanted}{because}, got {_got(array)}; expected {spell(tensor)}"
+            raise InvalidInput("WRONG_SHAPE", message, tensor=name, axis=which, expected=wanted, got=size)
 
 
 def check_values(tensor: Tensor, array: Array) -> None:

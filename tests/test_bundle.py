@@ -133,3 +133,20 @@ def test_no_json_breaks_parsing(document: object) -> None:
     assert (bundle is None) == bool(faults)
     if bundle is not None:
         contract.validate(bundle)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ((), "no bundle.json and no ONNX file"),
+        (("model.onnx",), "model.onnx --json` prints one"),
+        (("a.onnx", "b.onnx"), "2 ONNX files (a.onnx, b.onnx): leave one"),
+    ],
+)
+def test_what_is_there_in_place_of_a_bundle(files: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    """A directory without bundle.json is refused by what it has, with what to do about that."""
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(BundleError) as refused:
+        contract.load(tmp_path)
+    assert said in str(refused.value)

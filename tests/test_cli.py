@@ -24,6 +24,7 @@ from protos import sessions_pb2 as live
 from seqserve import cli, commands, demo, errors, inputs, samples, show, tensors
 from tests import fakes
 from tests.fakes import CHANNELS, Fake, failure
+from tests.process import ROOT
 
 Code = grpc.StatusCode
 COMMANDS = ("classify", "tag", "generate", "translate", "forecast", "session", "sessions", "models", "infer", "demo")
@@ -91,8 +92,8 @@ def test_python_m_seqserve() -> None:
 class Entry:
     """An entry point, as importlib.metadata gives them."""
 
-    def __init__(self, name: str, missing: str = "", late: bool = False) -> None:
-        self.name, self._missing, self._late = name, missing, late
+    def __init__(self, name: str, missing: str = "", late: bool = False, fails: Exception | None = None) -> None:
+        self.name, self._missing, self._late, self._fails = name, missing, late, fails
 
     def load(self) -> object:
         if self._missing and not self._late:
@@ -102,6 +103,8 @@ class Entry:
     def run(self, argv: list[str]) -> int:
         if self._missing:
             raise ModuleNotFoundError(name=self._missing)
+        if self._fails is not None:
+            raise self._fails
         print(f"{self.name} ran with {argv}")
         return 7
 
@@ -119,6 +122,29 @@ def test_a_room_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: p
     """The extra to install is named, whether the room or something it needs is missing."""
     monkeypatch.setattr(metadata, "entry_points", lambda group: entries)
     assert "pip install 'seqserve[train]'" in usage(["train", "sentiment"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [
+        (NotADirectoryError(20, "Not a directory", "afile/1"), "afile/1: Not a directory"),
+        (PermissionError(13, "Permission denied", "locked"), "locked: Permission denied"),
+        (OSError("no room"), "no room"),
+    ],
+)
+def test_what_the_system_refuses_a_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refusal: OSError, said: str
+) -> None:
+    """A directory that can't be written is one line with its name."""
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [Entry("adapt", fails=refusal)])
+    assert usage(["adapt"], capsys) == f"seqserve adapt: {said}\n"
+
+
+def test_a_fault_of_a_room_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no refusal of the system's is a bug, and is not hidden."""
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [Entry("adapt", fails=ValueError("a bug"))])
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["adapt"])
 
 
 def test_client_options_before_a_room(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +268,21 @@ def test_infer(fake: Fake, capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert np.load(tmp_path / "out" / "words.npy").tolist() == ["ä".encode()]
     assert cli.main([*argv, "--output", "tokens"]) == 0
     assert capsys.readouterr().out == "tokens  int64[1, 2]\n[[1 2]]\n"
+
+
+def test_infer_into_what_is_no_directory(fake: Fake, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Where outputs can't be written, it is told which file is in the way."""
+    (tmp_path / "afile").write_text("")
+    said = usage(["infer", "m", "tokens=[[1, 2]]", "--out", str(tmp_path / "afile" / "x")], capsys)
+    assert said == f"seqserve infer: {tmp_path / 'afile' / 'x'}: Not a directory\n"
+
+
+@pytest.mark.parametrize(("datatype", "number"), [("FP16", "1e9"), ("FP32", "1e300"), ("UINT8", "300")])
+def test_numbers_beyond_a_datatype(datatype: str, number: str) -> None:
+    """They are refused by name, and do not become infinite; infinity itself is a number to send."""
+    with pytest.raises(inputs.Usage, match=f"x: not {datatype}"):
+        inputs.tensor(f"x=[[{number}, 1]]", {"x": datatype})
+    assert inputs.tensor("x=[Infinity]", {"x": "FP16"})[1].tolist() == [float("inf")]
 
 
 def test_infer_without_inputs_tells_what_it_takes(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
@@ -404,6 +445,7 @@ def test_bad_usage(fake: Fake, capsys: pytest.CaptureFixture[str], argv: list[st
         ("a,b\nx,y\n", "no column of the CSV has numbers"),
         ("a,b\n1,2\n3,x\n", "row 2 of the CSV, column b: 'x'"),
         ("a,b\n1,2\n3\n", "row 2 of the CSV, column b: ''"),
+        ("a,b\n1,2\n3,1e300\n", "row 2 of the CSV, column b: '1e300'"),
     ],
 )
 def test_bad_csv(fake: Fake, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, said: str) -> None:
@@ -464,12 +506,14 @@ def test_a_stream_that_breaks_off(fake: Fake, capsys: pytest.CaptureFixture[str]
     assert (out, "gone" in err) == ("BREAK\n", True)
 
 
-def test_a_reader_that_leaves(fake: Fake) -> None:
-    """With `| head`, the command ends without a traceback."""
+@pytest.mark.parametrize("argv", [["models"], ["inspect", "models/sentiment/1/step.onnx"]])
+def test_a_reader_that_leaves(fake: Fake, argv: list[str]) -> None:
+    """With `| head`, the command ends without a traceback, a room's too."""
     read, write = os.pipe()
     os.close(read)
+    command = [sys.executable, "-m", "seqserve", *argv]
     with os.fdopen(write, "wb") as out:
-        done = subprocess.run([sys.executable, "-m", "seqserve", "models"], stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (1, "")
 
 

@@ -812,6 +812,13 @@ def test_a_session_moves_to_another_server(tmp_path: Path) -> None:
         for damaged in (exported[:-3], exported[:40] + b"x" + exported[41:], b"nonsense"):
             with pytest.raises(seqserve.Error), b.bring(damaged, id="broken") as broken:
                 broken.send(piece)
+        tail = len(b"\x1a\x04mine")  # what lies beside the record
+        assert exported[-tail:] == b"\x1a\x04mine"
+        for at in range(len(exported) - tail, len(exported)):
+            for bit in range(8):
+                flipped = exported[:at] + bytes([exported[at] ^ 1 << bit]) + exported[at + 1 :]
+                with pytest.raises(seqserve.InvalidInput), b.bring(flipped):
+                    pass
     models.reader(library / "reader" / "1", "reader", seed=5)
     with serve(library) as other, seqserve.Client(f"localhost:{other.port}") as c:
         with pytest.raises(seqserve.SessionGone) as unfit, c.bring(exported):

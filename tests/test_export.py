@@ -273,6 +273,21 @@ def test_a_missing_run_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureF
     assert "train first" in capsys.readouterr().err
 
 
+def test_a_damaged_run_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint that was cut short is named, and nothing is written."""
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 and no more")
+    assert command.main([str(tmp_path), "--out", str(tmp_path / "out" / "1")]) == 1
+    assert f"seqserve export: {tmp_path / 'checkpoint.pt'} is cut short, damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_is_a_file_is_told_in_a_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--out below a plain file."""
+    (tmp_path / "afile").write_text("")
+    assert command.main([str(run), "--out", str(tmp_path / "afile" / "1")]) == 1
+    assert capsys.readouterr().err == f"seqserve export: [Errno 17] File exists: '{tmp_path / 'afile'}'\n"
+
+
 def test_a_contract_that_the_module_does_not_keep_is_refused(tmp_path: Path) -> None:
     """An output described with another dtype is found when the server's runner loads the file."""
     wrong = replace(READER, outputs=(bundle.Tensor("each", "int64", ("batch", "time", 5)), READER.outputs[1]))

@@ -730,6 +730,18 @@ def test_a_slow_reader_is_asked_no_more(serve: Serve, limits: dict[str, int]) ->
     assert most[0] <= 10  # the limit, the one that went over it and the one that gRPC has in hand
 
 
+@pytest.mark.parametrize("limits", [{}, {"unread_bytes": 1 << 20}], ids=["as it is", "little unread"])
+def test_large_answers_to_many_calls_at_once_all_arrive(serve: Serve, limits: dict[str, int]) -> None:
+    """Far more than a connection may leave unread, asked for by a caller that reads: it loses none, and nothing stalls until somebody
+    happens to ask whether anyone is there."""
+    answer = random.Random(3).randbytes(400_000)
+    served = serve({"/t.S/Big": unary(lambda call, request: call.reply(request + answer))}, keepalive_s=10 * WAIT_S, **limits)
+    big = served.channel.unary_unary("/t.S/Big")
+    calls = [big.future(b"%3d" % i, timeout=WAIT_S) for i in range(250)]
+    for i, call in enumerate(calls):
+        assert call.result() == b"%3d" % i + answer
+
+
 def test_a_handler_sees_how_much_is_waiting_and_may_stop(serve: Serve) -> None:
     """A producer that looks at `waiting` stays bounded too, and a caller that leaves frees all of it."""
     freed, filled = Latch(), Latch()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -24,6 +25,7 @@ from contract.text import Vocabulary, of_letters
 from protos import seqserve_pb2 as pb
 from protos import sessions_pb2 as live
 from seqserve import cli
+from server import records
 from server.catalog import Catalog
 from server.graph import OnnxGraph
 from server.metrics import Metrics
@@ -334,6 +336,23 @@ def test_a_turn_sent_again_and_a_fork(served: Served) -> None:
             expected = in_turns(same, SEEDED[2:])
             assert in_turns(other, [(" dead", 99, 30)])[0].text != expected[0].text
             assert in_turns(session, SEEDED[2:]) == expected
+
+
+def test_what_is_unread_is_a_symbol(served: Served) -> None:
+    """An exported session whose unread symbol is none of the model's is not taken up; as it was, it goes on."""
+    calls = {name: served.method(f"/seqserve.v1.Sessions/{name}") for name in ("Open", "Turn", "Export", "Import")}
+    calls["Open"](live.OpenRequest(session="unread", model=pb.Model(name="speaker")))
+    calls["Turn"](live.TurnRequest(session="unread", turn=1, generate=ask(text="ab", seed=1, max_symbols=5)))
+    exported = live.Exported.FromString(calls["Export"](live.ExportRequest(session="unread", move=True)))
+    record = records.decode(exported.record, lambda first: None).record
+    assert record.rest.isdecimal()
+    for rest in ("abc", "-1", "9999999", "9" * 50, " 5", "٥"):
+        made_up = records.encode(replace(record, rest=rest))[0]
+        with pytest.raises(grpc.RpcError) as refused:
+            calls["Import"](live.ImportRequest(exported=live.Exported(record=made_up, session="unread")))
+        assert reason(refused.value)[1] == "STATE_MISMATCH"
+    calls["Import"](live.ImportRequest(exported=exported))
+    calls["Turn"](live.TurnRequest(session="unread", turn=2, generate=ask(text="", seed=1, max_symbols=5)))
 
 
 def test_turns_sent_ahead_are_turns_one_by_one(served: Served) -> None:

@@ -313,6 +313,11 @@ def test_compressed_messages_are_read(serve: Serve, encoding: str, pack: Callabl
     [
         ("gzip", gzip.compress(bytes(1 << 20)), "8", "unpacked"),  # a kilobyte that would be a megabyte
         ("gzip", b"not packed", "13", "is not"),
+        ("gzip", gzip.compress(b"hello")[:-1], "13", "cut off"),
+        ("deflate", zlib.compress(b"hello")[:-1], "13", "cut off"),
+        ("gzip", b"", "13", "cut off"),
+        ("gzip", gzip.compress(b"hello") + b"more", "13", "4 bytes after its end"),
+        ("gzip", gzip.compress(b"hello") * 2, "13", "bytes after its end"),
         ("snappy", b"x", "12", "snappy"),
     ],
 )
@@ -496,6 +501,139 @@ def test_a_caller_that_asks_and_never_reads(serve: Serve) -> None:
             assert served.well()
     assert max(c.size for c in served.front._connections) < 4 * h2_connection.STUCK
     assert served.well()
+
+
+READ_NOTHING = h2_frames.PREFACE + h2_frames.settings({h2_frames.INITIAL_WINDOW_SIZE: 0})
+READ_ALL = h2_frames.settings({h2_frames.INITIAL_WINDOW_SIZE: 1 << 30}) + h2_frames.window_update(0, 1 << 30)
+
+
+class Big:
+    """A unary handler that gives so many bytes, and notes for whom."""
+
+    def __init__(self, size: int) -> None:
+        self.begun: list[bytes] = []
+        self._answer = bytes(size)
+
+    def __call__(self, call: Call, request: bytes) -> None:
+        self.begun.append(request)
+        call.reply(self._answer)
+
+
+def pinged(wire: Wire) -> list[tuple[int, int]]:
+    """Have all frames read that were sent; gives the kinds and streams of what came meanwhile."""
+    wire.send(frame(PING, 0, 0, b"all read"))
+    seen = []
+    for kind, flags, stream, _ in wire.frames():
+        if kind == PING and flags:
+            return seen
+        seen.append((kind, stream))
+    raise AssertionError("the connection has ended")
+
+
+def test_calls_wait_while_much_is_unread(serve: Serve) -> None:
+    """A caller that reads nothing and asks on: what its calls would answer is not made. They begin, in their order, when it has read;
+    until then it may bring no more than one window of requests. One that is cancelled never begins, one whose time passes is told."""
+    big = Big(100_000)
+    served = serve({"/t.S/Big": unary(big)}, unread_bytes=1_000_000)
+    wire = served.wire()
+    many = list(range(1, 401, 2))
+    wire.send(READ_NOTHING + b"".join(call(i, b"%d" % i, path="/t.S/Big") for i in many))
+    pinged(wire)
+    assert 11 <= len(big.begun) <= 13
+    assert served.front.live == 200
+    body = bytes(15_000)
+    for i in range(401, 1_001, 2):  # 4.5 MB
+        wire.send(call(i, body))
+    assert (WINDOW_UPDATE, 0) not in pinged(wire)
+    wire.send(headers(1_001, ("grpc-timeout", "30m"), path="/t.S/Big") + frame(DATA, END_STREAM, 1_001, message(b"late")))
+    for kind, flags, stream, _ in wire.frames():
+        if kind == HEADERS and flags & END_STREAM:
+            assert stream == 1_001
+            break
+    wire.send(frame(RST_STREAM, 0, 399, b"\0\0\0\x08") + frame(RST_STREAM, 0, 1, b"\0\0\0\x08"))
+    pinged(wire)
+    assert len(big.begun) <= 14
+    [kept] = [c.kept for c in served.front._connections if c.kept]
+    assert not {399, 1_001} & {held.stream for held in kept}
+    assert served.well()
+    wire.send(READ_ALL)
+    ended, opened = set(), False
+    for kind, flags, stream, _ in wire.frames():
+        opened |= (kind, stream) == (WINDOW_UPDATE, 0)
+        if kind == HEADERS and flags & END_STREAM:
+            ended.add(stream)
+        if opened and len(ended) == 198 + 300:
+            break
+    assert big.begun == [b"%d" % i for i in many[:-1]]
+    pinged(wire)
+    assert served.front.live == 0
+    assert not any(c.unread or c.full or c.kept for c in served.front._connections)
+
+
+def test_streams_are_read_no_further_while_much_is_unread(serve: Serve) -> None:
+    """What calls leave unread holds up the messages of their connection's streams too; then they come, all and in order."""
+    seen: list[bytes] = []
+
+    class Noting(Echo):
+        def on_message(self, message: bytes) -> None:
+            seen.append(message)
+            super().on_message(message)
+
+    served = serve({"/t.S/Big": unary(Big(1_000)), "/t.S/Note": both_ways(Noting)}, unread_bytes=10_000)
+    wire = served.wire()
+    wire.send(READ_NOTHING + headers(1, path="/t.S/Note") + frame(DATA, 0, 1, message(b"before")))
+    wire.send(b"".join(call(i, b"", path="/t.S/Big") for i in range(3, 43, 2)))
+    wire.send(b"".join(frame(DATA, 0, 1, message(b"%d" % i)) for i in range(20)) + frame(DATA, END_STREAM, 1, b""))
+    pinged(wire)
+    assert seen == [b"before"]
+    wire.send(READ_ALL)
+    answers = wire.answers(21)
+    assert {lines["grpc-status"] for lines, _ in answers.values()} == {"0"}
+    assert answers[1][1] == message(b"before") + b"".join(message(b"%d" % i) for i in range(20))
+
+
+def test_one_large_answer_holds_nobody_up(serve: Serve) -> None:
+    big, small = Big(5_000_000), Big(10)
+    served = serve({"/t.S/Big": unary(big), "/t.S/Small": unary(small)}, unread_bytes=1_000_000)
+    wire = served.wire()
+    wire.send(READ_NOTHING + call(1, b"", path="/t.S/Big") + call(3, b"x", path="/t.S/Small"))
+    pinged(wire)
+    assert small.begun == [b"x"]
+    wire.send(READ_ALL)
+    assert {stream: len(body) for stream, (_, body) in wire.answers(2).items()} == {1: 5_000_005, 3: 15}
+
+
+def test_answers_on_top_of_too_much_that_is_unread_are_dropped(serve: Serve) -> None:
+    """Calls that had begun before anything was unread: what is too much of their answers is told and not kept."""
+    begun, calls = Latch(10), []
+
+    def hold(call: Call, request: bytes) -> None:
+        calls.append(call)
+        begun.down()
+
+    served = serve({"/t.S/Hold": unary(hold)}, unread_bytes=100_000)
+    wire = served.wire()
+    wire.send(READ_NOTHING + b"".join(call(i, b"", path="/t.S/Hold") for i in range(1, 21, 2)))
+    assert begun.wait()
+    for held in calls:
+        held.reply(bytes(100_000))
+    dropped = wire.answers(5)
+    assert [lines["grpc-status"] for lines, _ in dropped.values()] == ["8"] * 5
+    assert all("the answer was dropped" in lines["grpc-message"] for lines, _ in dropped.values())
+    wire.send(READ_ALL)
+    read = wire.answers(5)
+    assert [len(body) for _, body in read.values()] == [100_005] * 5
+    assert served.front.live == 0
+
+
+def test_who_reads_again_gets_what_waited(serve: Serve) -> None:
+    """A caller whose socket was full, then is emptied at once: what waited in its calls follows, though no frame of its own asks for it."""
+    served = serve({"/t.S/Big": unary(Big(400_000))}, keepalive_s=10 * WAIT_S)
+    wire = served.wire()
+    wire.send(OPEN + READ_ALL + b"".join(call(i, b"", path="/t.S/Big") for i in range(1, 201, 2)))
+    while not any(c.socket.pending and c.blocked for c in served.front._connections):
+        assert served.well()
+    assert {len(body) for _, body in wire.answers(100).values()} == {400_005}
 
 
 def test_a_caller_that_has_vanished_is_noticed(serve: Serve) -> None:

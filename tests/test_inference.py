@@ -268,6 +268,43 @@ def test_refused_texts(served: Served) -> None:
     assert refused(served, ask("translator", SENTENCE, sequence_id=4, sequence_start=True))[0] == "NO_TURNS"
 
 
+def wish(request: pb.ModelInferRequest, *names: str) -> pb.ModelInferRequest:
+    """The same request with outputs asked for by name."""
+    for name in names:
+        request.outputs.add(name=name)
+    return request
+
+
+def test_an_output_that_is_asked_for_twice(served: Served) -> None:
+    """However a request comes, and whether its form was seen before: refused, and nothing is begun; each output once is answered."""
+    twice = ("last", "scores", "last")
+    for _ in range(2):
+        assert refused(served, wish(tokens_request([[1, 2]]), *twice)) == (
+            "REPEATED_OUTPUT", "output 'last' is asked for twice; ask for it once",
+        )  # fmt: skip
+        assert refused(served, wish(ask("sentiment", "a"), "LABEL", "LABEL"))[0] == "REPEATED_OUTPUT"
+    given = list(stream(served, wish(tokens_request([[1, 2]]), *twice), wish(tokens_request([[1, 2]]), *twice[:2])))
+    (error,) = [r.error_message for r in given if r.error_message]
+    assert "asked for twice" in error
+    (answer,) = [r.infer_response for r in given if not r.error_message]
+    assert [o.name for o in answer.outputs] == ["last", "scores"]
+    sequence = give(tokens_request([[1, 2]]), sequence_id="twice", sequence_start=True)
+    assert refused(served, wish(sequence, *twice))[0] == "REPEATED_OUTPUT"
+    assert refused(served, give(tokens_request([[1, 2]]), sequence_id="twice"))[0] == "UNKNOWN_SESSION"
+
+
+@pytest.mark.parametrize(("shape", "why"), [((1 << 62, 4, 0), "WRONG_SHAPE"), ((1,) * 65, "WRONG_RANK"), ((1,) * 64, "WRONG_SHAPE")])
+def test_texts_of_a_shape_that_no_tensor_has(served: Served, shape: tuple[int, ...], why: str) -> None:
+    raw = b"" if 0 in shape else packed(["a"])
+    request = pb.ModelInferRequest(model_name="sentiment", raw_input_contents=[raw])
+    request.inputs.add(name="TEXT", datatype="BYTES", shape=shape)
+    assert refused(served, request)[0] == why
+    if raw:
+        typed = pb.ModelInferRequest(model_name="sentiment")
+        typed.inputs.add(name="TEXT", datatype="BYTES", shape=shape).contents.bytes_contents.append(b"a")
+        assert refused(served, typed)[0] == why
+
+
 def test_a_translation_in_pieces(served: Served) -> None:
     """Over a stream a translation comes piece by piece, then an empty final response; unary it comes whole."""
     (whole,) = outputs(infer(served, ask("translator", SENTENCE)))["TRANSLATION"]

@@ -38,7 +38,7 @@ def test_sizes_are_what_the_inputs_agree_on() -> None:
         ({"z": np.zeros(1)}, "UNKNOWN_INPUT", "'z' is not one of the model's: tokens, x, side"),
         ({"tokens": np.ones((2, 4), np.int32)}, "WRONG_DTYPE", "expected int64 [batch, time], got int32 [2, 4]"),
         ({"tokens": np.ones(4, np.int64)}, "WRONG_RANK", "got int64 [4]"),
-        ({"x": np.zeros((2, 4, 2), np.float32)}, "WRONG_SHAPE", "axis 3 must be 3"),
+        ({"x": np.zeros((2, 4, 2), np.float32)}, "WRONG_SHAPE", "axis 3 of 3 must be 3, got"),
         ({"x": np.zeros((2, 5, 3), np.float32)}, "WRONG_SHAPE", "axis 'time' must be 4 as in 'tokens'"),
         ({"tokens": np.full((2, 4), 10)}, "OUT_OF_RANGE", "values 10..10; allowed are 0..9"),
         ({"tokens": np.full((2, 4), -1)}, "OUT_OF_RANGE", "allowed are 0..9"),

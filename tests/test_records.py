@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from contract.bundle import DTYPES, Graph, State, Tensor
+from server.errors import InvalidInput
 from server.records import (
     DAMAGED,
     FOREIGN,
@@ -30,6 +31,7 @@ from server.records import (
     encode,
     fits,
 )
+from server.rpc import gate
 from server.sessions import WINDOW, Answered, Kept
 from server.states import Rows
 
@@ -219,6 +221,18 @@ def test_records_of_this_format_stay_readable() -> None:
     shelf.put(a_record())
     assert shelf.value.hex() == GOLDEN
     assert same(decode(bytes.fromhex(GOLDEN), shelf.values.get).record, a_record())
+
+
+@pytest.mark.parametrize(("id", "said"), [("s", "s"), ("acme|s", "s"), ("a|b", "a|b"), ("", "")])
+def test_the_id_beside_a_record_is_the_records(id: str, said: str) -> None:
+    """What an export says beside its record, with or without its tenant as any release wrote it; another id is damage."""
+    whole = a_record(1, 0)
+    value = encode(replace(whole, kept=replace(whole.kept, id=id)))[0]
+    assert gate.brought(None, value, {}.get, said, "named") == "named"
+    for other in (said + "x", said[:-1] + "?"):
+        with pytest.raises(InvalidInput, match="is damaged") as refused:
+            gate.brought(None, value, {}.get, other, "named")
+        assert refused.value.reason == "RECORD_DAMAGED"
 
 
 @pytest.mark.parametrize("array", [np.zeros(2, ">f4"), np.zeros(2, "c8"), np.array(["a"])])

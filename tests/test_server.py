@@ -5,6 +5,7 @@ Every test of the first part runs through both fronts.
 
 from __future__ import annotations
 
+import socket
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,9 +133,19 @@ def _twice() -> pb.ModelInferRequest:
     return request
 
 
-def _output() -> pb.ModelInferRequest:
+def _output(*names: str) -> pb.ModelInferRequest:
     request = tokens_request([[1]])
-    request.outputs.add(name="nope")
+    for name in names:
+        request.outputs.add(name=name)
+    return request
+
+
+def _nothing(*shape: int, typed: bool = False) -> pb.ModelInferRequest:
+    """A shape of which one length is 0, so that its bytes are right whatever the others are."""
+    request = tokens_request([[]])
+    request.inputs[0].shape[:] = shape
+    if typed:
+        del request.raw_input_contents[:]
     return request
 
 
@@ -143,7 +154,9 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("unknown version", tokens_request([[1]], model_version="9"), "UNKNOWN_VERSION", "it has: 1, 2"),
     ("version no number", tokens_request([[1]], model_version="x" * 30), "UNKNOWN_VERSION", "it has: 1, 2"),
     ("refused at load", tokens_request([[1]], "damaged"), "MODEL_REFUSED", "could not be loaded"),
-    ("unknown output", _output(), "UNKNOWN_OUTPUT", "scores, last"),
+    ("unknown output", _output("nope"), "UNKNOWN_OUTPUT", "scores, last"),
+    ("output twice", _output("last", "scores", "last"), "REPEATED_OUTPUT", "'last' is asked for twice"),
+    ("one output", _output(*["scores"] * 4_000), "REPEATED_OUTPUT", "'scores' is asked for twice"),
     ("no input", pb.ModelInferRequest(model_name="reader"), "MISSING_INPUT", "'tokens' is missing"),
     ("other name", broken(name="token"), "UNKNOWN_INPUT", "'token' is not one of the model's: tokens"),
     ("other dtype", broken(datatype="FP64"), "WRONG_DTYPE", "expected int64 [batch, time], got float64 [1, 2]"),
@@ -151,6 +164,11 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("too few bytes", _shape(1, 3), "WRONG_SIZE", "takes 24 raw bytes, got 16"),
     ("negative shape", _shape(-1, -2), "WRONG_SHAPE", "negative"),
     ("huge shape", _shape(1 << 40, 1 << 40), "WRONG_SIZE", "got 16"),
+    ("huge and 0", _nothing(1 << 62, 4, 0), "WRONG_SHAPE", "more than 1099511627776 values"),
+    ("huge and 0, typed", _nothing((1 << 63) - 1, (1 << 63) - 1, 0, typed=True), "WRONG_SHAPE", "other than 0"),
+    ("long and 0", _nothing(1 << 40, 1, 0), "WRONG_RANK", "expected int64 [batch, time]"),
+    ("65 axes", _shape(1, 2, *[1] * 63), "WRONG_RANK", "a shape of 65 axes; at most 64"),
+    ("64 axes", _shape(1, 2, *[1] * 62), "WRONG_RANK", "expected int64 [batch, time], got int64 [1, 2, 1, 1"),
     ("rank", _shape(2), "WRONG_RANK", "expected int64 [batch, time], got int64 [2]"),
     ("two contents", _typed_too(), "TWO_CONTENTS", "send one of them"),
     (
@@ -336,4 +354,27 @@ def test_sigterm_drains(library: Path, front: str) -> None:
 def test_a_taken_port(library: Path, served: Served) -> None:
     """Starting on a port in use says so and ends; it does not share it silently."""
     with pytest.raises(AssertionError, match="did not start"), serve(library, "--port", str(served.port)):
+        pass
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_a_taken_metrics_port(library: Path, front: str) -> None:
+    """It is told which of the two ports it is, and the flag."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = rf"seqserve serve: metrics: cannot listen on 127.0.0.1:{port}: .*--metrics-port"
+        with pytest.raises(AssertionError, match=said), serve(library, *FRONTS[front], "--metrics-port", str(port)):
+            pass
+
+
+@pytest.mark.parametrize("front", FRONTS)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_certificate_that_is_none(library: Path, tmp_path: Path, front: str, there: bool) -> None:
+    """Both files are named, whether they have something else in them or are not there."""
+    cert, key = tmp_path / "a.pem", tmp_path / "b.pem"
+    if there:
+        cert.write_text("")
+        key.write_text("")
+    said = f"--tls-cert {cert} and --tls-key {key}: no PEM"
+    with pytest.raises(AssertionError, match=said), serve(library, *FRONTS[front], "--tls-cert", str(cert), "--tls-key", str(key)):
         pass

@@ -214,6 +214,14 @@ BAD: list[tuple[str, str, Any, str, str]] = [
     ("NaN", "Forecast", forecast_request(NAN), "NOT_FINITE", "only finite numbers"),
     ("horizon", "Forecast", forecast_request(observations(4), horizon=97), "BAD_HORIZON", "allowed are 1 to 96"),
     ("quantile", "Forecast", forecast_request(observations(4), quantiles=[0.123]), "UNKNOWN_QUANTILE", "not one of the model's: 0.1"),
+    (
+        "quantile twice",
+        "Forecast",
+        forecast_request(observations(4), quantiles=[0.1, 0.9, 0.1]),
+        "REPEATED_QUANTILE",
+        "0.1 is asked for twice",
+    ),
+    ("many quantiles", "Forecast", forecast_request(observations(4), quantiles=[0.5] * 100_000), "REPEATED_QUANTILE", "0.5 is asked for"),
     ("NaN quantile", "Forecast", forecast_request(observations(4), quantiles=[float("nan")]), "UNKNOWN_QUANTILE", "is not one of"),
 ]
 

@@ -51,12 +51,47 @@ def test_settings_change_single_values() -> None:
         ("speed=3", "unknown speed"),
         ("task=forecaster", "for 'forecaster'"),
         ("seed.of=3", "not a section"),
+        ("run.epochs=0", "run.epochs: must be at least 1, got 0"),
+        ("run.workers=-1", "run.workers: must be at least 0, got -1"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_what_is_allowed(setting: str, said: str) -> None:
     """Unknown keys, wrong types and malformed settings are errors that name the key."""
     with pytest.raises(config.ConfigError, match=said):
         config.load("sentiment", "toy", [setting])
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("model.hidden=-3", "at least 1, got -3"), ("model.dropout=1.5", "below 1, got 1.5"), ("data.rows=0", "at least 1, got 0")],
+)
+def test_a_number_that_no_model_can_have(setting: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told in a line, before anything is trained, with the key and what is allowed."""
+    assert command.main(["sentiment", "--config", "toy", "--set", setting, "--out", str(tmp_path / "run")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"seqserve train: {setting.partition('=')[0]}: must be")
+    assert said in err
+
+
+@pytest.mark.parametrize("setting", ["seed=0", "run.patience=0", "schedule.patience=0"])
+def test_what_may_be_nothing(setting: str) -> None:
+    """Some numbers are 0 only where somebody says so."""
+    config.load("sentiment", "toy", [setting])
+
+
+@pytest.mark.parametrize("text", [b"[[", b"\xff\xfe"])
+def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path, text: bytes) -> None:
+    """A configuration that can't be read says which file it is."""
+    (tmp_path / "bad.toml").write_bytes(text)
+    with pytest.raises(config.ConfigError, match=r"bad\.toml is not TOML"):
+        config.load("sentiment", tmp_path / "bad.toml")
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--out below a plain file is a line that names it."""
+    (tmp_path / "afile").write_text("")
+    assert command.main(["sentiment", "--config", "toy", "--out", str(tmp_path / "afile" / "x")]) == 1
+    assert capsys.readouterr().err == f"seqserve train: [Errno 20] Not a directory: '{tmp_path / 'afile' / 'x'}'\n"
 
 
 def test_an_unknown_variant_is_refused_naming_those_there_are() -> None:
@@ -138,6 +173,16 @@ def test_a_foreign_file_is_no_checkpoint(tmp_path: Path) -> None:
     """A torch file of another make is refused by name."""
     torch.save({"weights": {}}, tmp_path / checkpoint.FILE)
     with pytest.raises(ValueError, match="no checkpoint"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 200])
+def test_a_checkpoint_cut_short_is_refused_by_name(tmp_path: Path, size: int) -> None:
+    """Whatever is left of it."""
+    kept = checkpoint.Checkpoint("t", {"a": 2}, nn.Linear(2, 3).state_dict(), {"validation_loss": 0.5}, {"seed": 1}, 0, 10, "do it", None)
+    checkpoint.save(kept, tmp_path / checkpoint.FILE)
+    (tmp_path / checkpoint.FILE).write_bytes((tmp_path / checkpoint.FILE).read_bytes()[:size])
+    with pytest.raises(ValueError, match=rf"{checkpoint.FILE} is cut short, damaged"):
         checkpoint.load(tmp_path)
 
 

@@ -3,15 +3,17 @@ answer, or a connection cut, while a session beside them loses nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import http.client
 import json
+import re
 import select
 import socket
 import ssl
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from tests import fakes, models
 from tests.process import Served, Web, serve, web
 from tests.rest import Reply, Rest, answer, connected, parsed, rest_of
 from tests.test_security import Certificates, certificates  # noqa: F401  # a fixture
+from web.app import app as web_app
 from web.config import Config
-from web.wire import listening
+from web.wire import Bounded, BoundedSocket, Server, listening
 
 HEAD = 4096  # bytes of a request's head that the face under test takes
 BODY = 100_000
@@ -31,6 +34,7 @@ FLAGS = (
     "--max-connections", "16",
 )  # fmt: skip
 JSON = "content-type: application/json\r\n"
+NOWHERE = "127.0.0.1:1"  # no server is there
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,12 @@ MALFORMED = {
     "a zero in a header": b"GET / HTTP/1.1\r\nhost: local\0host\r\n\r\n",
     "a chunk's size that is none": posted("transfer-encoding: chunked\r\n", b"zz\r\nabc\r\n"),
     "two lengths": posted("content-length: 3\r\ncontent-length: 4\r\n", b"abcd"),
+    "a length twice": posted("content-length: 2\r\ncontent-length: 2\r\n", b"{}"),
     "a length and chunks": posted("content-length: 3\r\ntransfer-encoding: chunked\r\n", b"0\r\n\r\n"),
+    "a length and a length of chunks": posted("content-length: 0\r\ntransfer-encoding: chunked\r\n", b"0\r\n\r\n"),
+    "chunks twice": posted("transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n", b"0\r\n\r\n"),
+    "two hosts": b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nHost: evil.example\r\n\r\n",
+    "a host twice": b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nhost: localhost\r\n\r\n",
     "a length below 0": posted("content-length: -1\r\n"),
     "a length of 30 digits": posted(f"content-length: {'9' * 30}\r\n"),
     "a tunnel": b"CONNECT localhost:22 HTTP/1.1\r\nhost: localhost:22\r\n\r\n",
@@ -104,6 +113,18 @@ def test_malformed(what: str, face: Web) -> None:
     assert reply.status == 400
     assert reply.headers["content-type"] == "application/problem+json"
     assert reply.json["reason"] in ("NOT_HTTP", "BAD_URL")
+
+
+def test_keys_that_can_not_travel(face: Web) -> None:
+    """A key that is not printable ASCII is none of the server's: 401, and nothing breaks at it."""
+    rest = Rest(face.port)
+    for key in ("\xff\xfe", "Bearer \xe9", "Bearer a\tb"):
+        for header in ("x_api_key", "authorization"):
+            refused = rest.get("/v1/models", **{header: key})
+            assert refused.why == (401, "BAD_KEY")
+            assert refused.headers["www-authenticate"] == "Bearer"
+            assert rest.get("/v2/models/reader", **{header: key}).json["error"] == refused.json["detail"]
+    assert rest.get("/v1/models", x_api_key="a b~").status == 200
 
 
 def test_paths_that_are_none(face: Web) -> None:
@@ -129,6 +150,49 @@ def test_large_heads(face: Web) -> None:
         f"GET / HTTP/1.1\r\nhost: localhost\r\n{filler * 1000}".encode(),
     ):
         assert sent(face, data).why == (431, "HEAD_TOO_LARGE")
+
+
+CHUNKED = posted(JSON + "transfer-encoding: chunked\r\nconnection: close\r\n", b"2\r\n{}\r\n")
+LARGE_TRAILERS = {
+    "many": b"0\r\n" + b"x: y\r\n" * HEAD + b"\r\n",
+    "one": b"0\r\nx: " + b"y" * HEAD + b"\r\n\r\n",
+    "many without end": b"0\r\n" + b"x: y\r\n" * HEAD,
+    "one without end": b"0\r\nx: " + b"y" * 3 * HEAD,
+    "beside a chunk, without end": b"2;" + b"y" * 3 * HEAD,
+}
+
+
+@pytest.mark.parametrize("what", LARGE_TRAILERS)
+def test_large_trailers(what: str, face: Web) -> None:
+    """What stands in a body in chunks and is not the body is bounded as a head is."""
+    assert sent(face, CHUNKED + LARGE_TRAILERS[what]).why == (431, "HEAD_TOO_LARGE")
+
+
+def test_trailers_are_no_headers(face: Web) -> None:
+    """Few trailers do no harm, and are not taken for headers: of this request, or of the next."""
+    trailers = b"0\r\norigin: http://evil.example\r\nhost: evil.example\r\n\r\n"
+    assert sent(face, CHUNKED + trailers).why == (400, "BAD_BODY")
+    ahead = CHUNKED.replace(b"connection: close\r\n", b"") + trailers
+    with connected(face.port) as bare:
+        bare.sendall(ahead + CHUNKED + b"0\r\n\r\n")
+        assert rest_of(bare).count(b'"reason":"BAD_BODY"') == 2
+
+
+def test_a_byte_at_a_time(face: Web) -> None:
+    """Requests are the same wherever the network cuts them."""
+    ahead = CHUNKED.replace(b"connection: close\r\n", b"") + b"0\r\n\r\n" + posted(JSON + "content-length: 2\r\n", b"{}")
+    with connected(face.port) as bare:
+        bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in ahead + CHUNKED + b"0\r\nx: y\r\n\r\n":
+            bare.sendall(bytes((byte,)))
+        assert rest_of(bare).count(b'"reason":"BAD_BODY"') == 3
+
+
+@pytest.mark.parametrize("headers", ["gzip, chunked", "gzip\r\ntransfer-encoding: chunked"])
+def test_other_transfer_codings(headers: str, face: Web) -> None:
+    """A body that is more than in chunks is not read as if it were not."""
+    refused = sent(face, posted(f"{JSON}transfer-encoding: {headers}\r\n", b"2\r\n{}\r\n0\r\n\r\n"))
+    assert refused.why == (501, "BAD_CODING")
 
 
 def test_slow_heads(face: Web) -> None:
@@ -185,6 +249,221 @@ def test_one_who_does_not_read(face: Web) -> None:
         waiting = select.poll()
         waiting.register(bare, 0)  # no reading: only that the other side is gone
         assert waiting.poll(60_000)
+
+
+@contextlib.asynccontextmanager
+async def inside(target: str, **knobs: Any) -> AsyncIterator[Server]:
+    """A face in this process, to look at what it keeps; the system keeps little for its connections."""
+    config = Config(target=target, port=0, drain_seconds=1, **{"write_seconds": 1, **knobs})
+    server = Server(web_app(config), config)
+    with listening(config) as heard:
+        heard.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 10)
+        heard.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 10)
+        serving = asyncio.create_task(server.serve([heard]))
+        while not server.started:
+            await asyncio.sleep(0)
+        yield server
+        server.should_exit = True
+        await serving
+
+
+@contextlib.asynccontextmanager
+async def deaf(server: Server) -> AsyncIterator[socket.socket]:
+    """A connection whose answers nobody reads."""
+    with socket.socket() as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 10)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 10)
+        made.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(made, ("127.0.0.1", server.port))
+        yield made
+
+
+async def heard(bare: socket.socket, what: bytes) -> bytes:
+    """All that comes, until that is in it."""
+    said = b""
+    while what not in said:
+        part = await asyncio.get_running_loop().sock_recv(bare, 65536)
+        assert part, said
+        said += part
+    return said
+
+
+async def until_cut_off(bare: socket.socket, piece: bytes, seen: Callable[[int], None]) -> None:
+    """Send it again and again; `seen` is told how many bytes are sent."""
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(60):
+            while True:
+                await asyncio.get_running_loop().sock_sendall(bare, piece)
+                sent += len(piece)
+                seen(sent)
+                await asyncio.sleep(0)
+
+
+HANDSHAKE = (
+    b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+    b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+def frame(kind: int, data: bytes, last: bool = True) -> bytes:
+    """A WebSocket's frame, masked with zeros."""
+    assert len(data) < 126
+    return bytes((0x80 * last + kind, 0x80 + len(data), 0, 0, 0, 0)) + data
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/v2/health/live"])
+def test_requests_without_end(path: str) -> None:
+    """Who sends requests and reads no answer is not read any further, and cut off."""
+
+    def few(sent: int) -> None:
+        assert sent < 400_000
+
+    async def story() -> None:
+        async with inside(NOWHERE) as server, deaf(server) as bare:
+            await until_cut_off(bare, f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode() * 100, few)
+
+    asyncio.run(story())
+
+
+def test_requests_behind_one_that_takes_long() -> None:
+    """They are not looked at before it is answered: of their bytes a few are kept, and no more are read. Then each is answered."""
+    many = 5000
+    held = json.dumps({"text": f"{fakes.HOLD} the line"}).encode()
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(held), held)
+    first = posted(f"{JSON}accept: text/event-stream\r\ntransfer-encoding: chunked\r\n", chunks, "/v1/translate")
+    ahead = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n" * (many - 1)
+    last = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        with fakes.serving() as fake:
+            async with inside(fake.target) as server, deaf(server) as bare, asyncio.timeout(60):
+                await loop.sock_sendall(bare, first[:-1])  # its end comes with what is behind it
+                while not (found := list(server.server_state.connections)) or found[0].cycle is None:
+                    await asyncio.sleep(0)
+                sending = asyncio.create_task(loop.sock_sendall(bare, first[-1:] + ahead + last))
+                said = await heard(bare, b"event: token")
+                (connection,) = server.server_state.connections
+                assert isinstance(connection, Bounded)
+                while not connection.flow.read_paused:
+                    await asyncio.sleep(0)
+                assert len(connection._held) < 400_000
+                assert not connection.pipeline
+                assert not sending.done()
+                fake.gone.set()
+                while part := await loop.sock_recv(bare, 65536):
+                    said += part
+                await sending
+        assert said.count(b"HTTP/1.1 200 OK") == 1 + many
+
+    asyncio.run(story())
+
+
+def test_a_large_head_behind_one_that_takes_long() -> None:
+    """Where heads may be larger than what is kept, reading goes on once there is room."""
+    held = json.dumps({"text": f"{fakes.HOLD} the line"}).encode()
+    first = posted(f"{JSON}accept: text/event-stream\r\ncontent-length: {len(held)}\r\n", held, "/v1/translate")
+    half = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx: " + b"y" * 100_000
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        with fakes.serving() as fake:
+            async with inside(fake.target, max_head_bytes=200_000) as server, deaf(server) as bare, asyncio.timeout(60):
+                await loop.sock_sendall(bare, first)
+                sending = asyncio.create_task(loop.sock_sendall(bare, half + b"\r\n\r\n"))
+                said = await heard(bare, b"event: token")
+                (connection,) = server.server_state.connections
+                assert isinstance(connection, Bounded)
+                while not connection.flow.full:
+                    await asyncio.sleep(0)
+                fake.gone.set()
+                while part := await loop.sock_recv(bare, 65536):
+                    said += part
+                await sending
+        assert said.endswith(b"ok\n")
+
+    asyncio.run(story())
+
+
+def test_what_is_behind_an_unread_answer() -> None:
+    """It is not begun before that is read: a WebSocket would not know that its connection is full."""
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        async with inside(NOWHERE, write_seconds=60) as server, deaf(server) as bare, asyncio.timeout(60):
+            hasty = frame(1, b"sent before there is a WebSocket")  # it is not read as a request
+            asked = (b"GET %s HTTP/1.1\r\nhost: localhost\r\n\r\n" % path for path in (b"/etth1.csv", b"/openapi.json"))
+            await loop.sock_sendall(bare, b"".join(asked) + HANDSHAKE + hasty)
+            connection = None
+            while not (isinstance(connection, Bounded) and connection.flow.write_paused and connection.cycle.response_complete):
+                await asyncio.sleep(0)
+                (connection,) = server.server_state.connections or [None]
+                assert not isinstance(connection, BoundedSocket)
+            assert connection._held == HANDSHAKE + hasty
+            said = await heard(bare, b"hello")
+        assert re.findall(rb"HTTP/1.1 (\d+)", said) == [b"200", b"200", b"101"]
+
+    asyncio.run(story())
+
+
+def test_a_caller_with_more_to_ask_hangs_up() -> None:
+    """That is noticed, and its call cancelled, although another request waits behind it."""
+    held = json.dumps({"text": f"{fakes.HOLD} the line"}).encode()
+    first = posted(f"{JSON}accept: text/event-stream\r\ncontent-length: {len(held)}\r\n", held, "/v1/translate")
+    with fakes.serving() as fake, web(fake.target) as face:
+        with connected(face.port) as bare:
+            bare.sendall(first + b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            while b"event: token" not in (said := bare.recv(65536)):
+                assert said
+        assert fake.gone.wait(30)
+
+
+def test_a_body_behind_another_request(face: Web) -> None:
+    """A request whose body comes later than its head is waited for, when the one before it is answered already too."""
+    with connected(face.port) as bare:
+        head = posted(f"{JSON}content-length: 2\r\nconnection: close\r\n", b"{")
+        bare.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n" + head)
+        while b"ok\n" not in (said := bare.recv(65536)):
+            assert said
+        bare.sendall(b"}")
+        assert parsed(rest_of(bare)).why == (400, "BAD_BODY")
+
+
+def test_pings_without_end() -> None:
+    """Who asks a WebSocket whether it lives, and reads no answer, has few answers kept, and is cut off."""
+
+    async def story() -> None:
+        async with inside(NOWHERE) as server, deaf(server) as bare:
+            await asyncio.get_running_loop().sock_sendall(bare, HANDSHAKE)
+            await heard(bare, b"HTTP/1.1 101")
+            (connection,) = server.server_state.connections
+            assert isinstance(connection, BoundedSocket)
+
+            def few(_: int) -> None:
+                assert connection.transport.get_write_buffer_size() < 400_000
+
+            await until_cut_off(bare, frame(9, bytes(125)) * 20, few)
+
+    asyncio.run(story())
+
+
+def test_pieces_of_nothing() -> None:
+    """A WebSocket's message may come in pieces; empty ones are not kept."""
+
+    async def story() -> None:
+        async with inside(NOWHERE) as server, deaf(server) as bare:
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(bare, HANDSHAKE)
+            await heard(bare, b"hello")
+            await loop.sock_sendall(bare, frame(1, b"no ", last=False) + frame(0, b"", last=False) * 10_000)
+            (connection,) = server.server_state.connections
+            assert isinstance(connection, BoundedSocket)
+            assert len(connection.frames) < 100
+            await loop.sock_sendall(bare, frame(0, b"message", last=False) + frame(0, b""))
+            await heard(bare, b"BAD_MESSAGE")
+
+    asyncio.run(story())
 
 
 def test_connections_are_counted(face: Web) -> None:
@@ -339,7 +618,27 @@ def test_nothing_waits_for_an_acknowledgement() -> None:
 
 def test_a_taken_port(face: Web) -> None:
     """Said in a line, with an exit code that is not 0."""
-    with pytest.raises(AssertionError, match="in use"), web("localhost:1", "--port", str(face.port)):
+    said = f"seqserve web: cannot listen on 127.0.0.1:{face.port}: .*in use.*--port"
+    with pytest.raises(AssertionError, match=said), web("localhost:1", "--port", str(face.port)):
+        pass
+
+
+def test_a_host_of_another_machine() -> None:
+    """Addresses that are not this machine's, and names that are nobody's, are told with the flag."""
+    for host in ("192.0.2.1", "nobody.invalid"):
+        with pytest.raises(OSError, match=f"cannot listen on {host}:0: .*--host"):
+            listening(Config(host=host, port=0))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_certificate_that_is_none(tmp_path: Path, there: bool) -> None:
+    """Both files are named, whether they have something else in them or are not there."""
+    cert, key = tmp_path / "a.pem", tmp_path / "b.pem"
+    if there:
+        cert.write_text("")
+        key.write_text("")
+    said = f"seqserve web: --tls-cert {cert} and --tls-key {key}: no PEM"
+    with pytest.raises(AssertionError, match=said), web("localhost:1", "--tls-cert", str(cert), "--tls-key", str(key)):
         pass
 
 
@@ -347,6 +646,9 @@ WRONG = {
     ("--tls-cert", "x"): "go together",
     ("--target-key", "x"): "go together",
     ("--timeout", "0"): "above 0",
+    ("--timeout", "nan"): "--timeout must be above 0",
+    ("--idle-seconds", "inf"): "at most 1e+09",
+    ("--drain-seconds", "nan"): "--drain-seconds must not be negative",
     ("--port", "70000"): "65535",
     ("--allow-origin", "app.example"): "no origin",
     ("--max-body-bytes", "1"): "at least 1024",

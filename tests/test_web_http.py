@@ -127,6 +127,12 @@ def _tensors(datatype: str, depth: int) -> bytes:
     return b'{"turn": 1, "tensors": [{' + tensor.encode() + b"[" * depth + b"1" + b"]" * depth + b"}]}"
 
 
+def _shaped(*shape: int) -> dict[str, Any]:
+    """A tensor of that shape, without data."""
+    return {"name": "tokens", "datatype": "INT64", "shape": shape, "data": []}
+
+
+TURN, INFER = "/v1/sessions/x/turns", "/v2/models/sentiment/infer"
 BROKEN = {
     "no JSON": ("/v1/classify", b"{", "NOT_JSON"),
     "no body": ("/v1/classify", b"", "NOT_JSON"),
@@ -145,6 +151,13 @@ BROKEN = {
     "other channels": ("/v1/forecast", {"observations": [[1.0] * 3]}, "WRONG_CHANNELS"),
     "another language": ("/v1/translate", {"text": "A dog.", "target": "fr"}, "UNKNOWN_LANGUAGES"),
     "a seed below 0": ("/v1/generate", {"seed": -1}, "INVALID_ARGUMENT"),
+    "a length beyond 64 bits": (TURN, {"turn": 1, "tensors": [_shaped(2**64, 0)]}, "WRONG_SHAPE"),
+    "a length below 0": (INFER, {"inputs": [_shaped(1, -1)]}, "WRONG_SHAPE"),
+    "a negative length and no data": (INFER, {"inputs": [_shaped(-1, 0)]}, "WRONG_SHAPE"),
+    "lengths of which there is no array": (INFER, {"inputs": [_shaped(2**62, 4, 0)]}, "WRONG_SHAPE"),
+    "65 axes": (INFER, {"inputs": [_shaped(*[0] * 65)]}, "WRONG_RANK"),
+    "65 axes of a session's turn": (TURN, {"turn": 1, "tensors": [_shaped(*[0] * 65)]}, "WRONG_RANK"),
+    "more axes than can be multiplied": (INFER, {"inputs": [_shaped(*[2**62] * 10_000)]}, "WRONG_RANK"),
     "two inputs": ("/v1/sessions/x/turns", {"turn": 1, "text": "a", "observations": [1.0]}, "BAD_BODY"),
     "no input": ("/v1/sessions/x/turns", {"turn": 1}, "BAD_BODY"),
     "turn 0": ("/v1/sessions/x/turns", {"turn": 0, "text": "a"}, "BAD_BODY"),

@@ -515,6 +515,26 @@ def test_who_does_not_read_is_cut_off(app: App, monkeypatch: pytest.MonkeyPatch)
     asyncio.run(story())
 
 
+def test_who_asks_too_much_at_once_is_cut_off(app: App) -> None:
+    """Its task ends with it: nothing is left for the process's own end to wait for."""
+    nonsense = bytes((0x81, 0x80 + 1, 0, 0, 0, 0)) + b"?"  # a WebSocket's frame, masked with zeros
+
+    async def story() -> None:
+        async with opened(address) as one:
+            one.socket.transport.write(nonsense * 2 * live.UNREAD)
+            with pytest.raises(websockets.ConnectionClosed):
+                await one.rest(-1)
+
+    with process.web(f"127.0.0.1:{app.port}") as made:
+        address = f"127.0.0.1:{made.port}"
+        asyncio.run(story())
+        assert made.terminate() == 0
+    log = "".join(made.log)
+    assert "messages unread" in log
+    assert "Traceback" not in log
+    assert "Cancel" not in log
+
+
 @contextmanager
 def demo(*flags: str) -> Iterator[str]:
     """`python -m web.demo`, as `make web` starts it; gives the page's address."""

@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = asked.out or Path("runs") / asked.task
     try:
         config = configs.load(asked.task, asked.config, asked.set)
-    except configs.ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (configs.ConfigError, OSError) as e:
+        print(f"seqserve train: {e}", file=sys.stderr)
         return 1
 
     import lightning  # seconds to import: not before the command line is known to be right
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     last = out / loop.LAST
     if asked.resume and not last.is_file():
-        print(f"error: nothing to resume in {out}; start without --resume", file=sys.stderr)
+        print(f"seqserve train: nothing to resume in {out}; start without --resume", file=sys.stderr)
         return 1
     resume = asked.resume or (last.is_file() and distributed.goes_on(out))
     if last.is_file() and not resume and distributed.first():
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         training = tasks.find(asked.task).prepare(config, asked.data, out)
         summary = loop.fit(training, out, resume=resume, command=_command(given), progress=False if asked.no_progress else None)
-    except (configs.ConfigError, DataError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (configs.ConfigError, DataError, OSError) as e:
+        print(f"seqserve train: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; go on with --resume --out {out}", file=sys.stderr)

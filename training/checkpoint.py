@@ -10,6 +10,7 @@ not know any model.
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,7 +57,10 @@ def load(file: Path | str) -> Checkpoint:
     file = Path(file)
     if file.is_dir():
         file = file / FILE
-    document = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        document = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{file} is cut short, damaged or no checkpoint: train again, or copy it anew ({str(e).split('. ')[0]})") from None
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise ValueError(f"{file} is no checkpoint of this release (format {FORMAT})")
     return Checkpoint(**document)

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = [learn(name, asked.set, asked.out) for name in asked.only or KINDS]
     except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"seqserve compare: {e}", file=sys.stderr)
         return 1
     growing = grown()
     table(found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,7 +119,10 @@ def load(task: str, name: str | Path | None = None, settings: Iterable[str] = ()
     if not file.is_file():
         known = sorted(f.stem.removeprefix(task).lstrip("-") or "(none)" for f in CONFIGS.glob(f"{task}*.toml"))
         raise ConfigError(f"no configuration {name!r} of {task}: give a file or one of {', '.join(known) or 'none yet'}")
-    document = tomllib.loads(file.read_text(encoding="utf-8"))
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:  # not UTF-8, or not TOML
+        raise ConfigError(f"{file} is not TOML: {e}") from None
     for setting in settings:
         _set(document, setting)
     return parse({"task": task, **document}, task)
@@ -150,6 +153,11 @@ def section(kind: type[T], table: Mapping[str, Any], name: str) -> T:
             raise ConfigError(f"{name}.{key}: must be {form}, got {value!r}")
         if form in _NESTED and not isinstance(value, _NESTED[form]):
             value = section(_NESTED[form], value, f"{name}.{key}")
+        low = 0 if known[key].default in (0, MISSING) or key in _FROM_0 else 1
+        if form == "int" and value < low and kind is not Cells:  # which cells.py looks at
+            raise ConfigError(f"{name}.{key}: must be at least {low}, got {value}")
+        if key.endswith("dropout") and not 0 <= value < 1:
+            raise ConfigError(f"{name}.{key}: must be from 0 to below 1, got {value}")
         values[key] = tuple(value) if isinstance(value, list) else value
     try:
         return kind(**values)
@@ -159,6 +167,8 @@ def section(kind: type[T], table: Mapping[str, Any], name: str) -> T:
 
 _SECTIONS: Mapping[str, type[Any]] = {"optimiser": Optimiser, "schedule": Schedule, "run": Run}
 _NESTED: Mapping[str, type[Any]] = {"Cells": Cells}
+_FROM_0 = ("seed", "patience", "noise")
+"""Whole numbers that may be 0 though they are not unless somebody says so."""
 _PLAIN: Mapping[str, type | tuple[type, ...]] = {"int": int, "float": float, "str": str, "bool": bool}
 
 

@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         server = Server(app(config), config)
+        server.load()
         heard = listening(config)
     except (OSError, ValueError) as e:
         print(f"seqserve web: {e}", file=sys.stderr)

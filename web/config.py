@@ -12,6 +12,8 @@ from typing import Any
 
 from seqserve import access
 
+LONGEST = 1e9  # seconds of anything: beyond, what waits can't count them
+
 
 def _knob(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -56,9 +58,9 @@ class Config:
         if self.port > 65535:
             faults.append("--port must be at most 65535")
         spans = ("timeout", "max_timeout", "head_seconds", "body_seconds", "idle_seconds", "write_seconds")
-        faults += [f"--{_flag(name)} must be above 0" for name in spans if not getattr(self, name) > 0]
-        if self.drain_seconds < 0:
-            faults.append("--drain-seconds must not be negative")
+        faults += [f"--{_flag(name)} must be above 0, and at most {LONGEST:g}" for name in spans if not 0 < getattr(self, name) <= LONGEST]
+        if not 0 <= self.drain_seconds <= LONGEST:
+            faults.append(f"--drain-seconds must not be negative, and at most {LONGEST:g}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             faults.append("--log-level must be debug, info, warning or error")
         if (self.tls_cert is None) != (self.tls_key is None):

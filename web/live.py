@@ -352,7 +352,8 @@ class _Page:
                 else:
                     assert self._picture is not None
                     message, self._picture = self._picture, None
-                await asyncio.wait_for(self._socket.send_text(message.decode()), SEND_S)
+                async with asyncio.timeout(SEND_S):  # not wait_for, which may forget that it was cancelled: so in Python 3.11
+                    await self._socket.send_text(message.decode())
 
 
 _DO: Mapping[type, Callable[[_Page, Any], Awaitable[Any]]] = {

@@ -83,8 +83,7 @@ class Inference:
 
     def _add(self, tensor: InputTensor, binary: memoryview) -> int:
         """Add an input; how many bytes of binary data it took."""
-        if any(not -(2**63) <= n < 2**63 for n in tensor.shape):
-            raise problems.bad("WRONG_SHAPE", f"input {tensor.name!r}: a length of its shape is beyond 64 bits")
+        tensors.check_shape(tensor.name, tensor.shape)
         size = tensor.parameters.get(SIZE)
         ways = [tensor.data is not None, size is not None, SHARED in tensor.parameters]
         if sum(ways) != 1:

@@ -14,13 +14,21 @@ from web import bodies, problems
 from web.problems import Problem
 
 BYTES = tensors.BYTES
+MOST_AXES = 64  # numpy's; without a bound the product of a long shape would have millions of digits
+
+
+def check_shape(name: str, shape: Sequence[int]) -> None:
+    """Raises Problem for a shape that no array has, or that can't travel."""
+    if len(shape) > MOST_AXES:
+        raise _bad("WRONG_RANK", f"input {name!r}: a shape of {len(shape)} axes; at most {MOST_AXES} can be read")
+    if any(not 0 <= n < 2**63 for n in shape):
+        raise _bad("WRONG_SHAPE", f"input {name!r}: shape {list(shape)} has a length that is negative or beyond 64 bits")
 
 
 def packed(name: str, datatype: str, shape: Sequence[int], data: Sequence[Any]) -> bytes:
     """The bytes of a tensor whose values came as JSON, nested or flat, row-major. Raises Problem where they are not of that type
     or number."""
-    if any(n < 0 for n in shape):
-        raise _bad("WRONG_SHAPE", f"input {name!r}: shape {list(shape)} has a negative length")
+    check_shape(name, shape)
     count = math.prod(shape)
     if datatype == BYTES:
         return _texts(name, shape, count, list(_flat(data)))

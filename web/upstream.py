@@ -8,6 +8,7 @@ import grpc
 from starlette.requests import HTTPConnection
 
 from seqserve import AsyncClient
+from web.problems import Problem
 
 Metadata = Sequence[tuple[str, str | bytes]]
 KEYS = ("authorization", "x-api-key")
@@ -30,7 +31,11 @@ class Upstream:
         return self.by(connection.headers)
 
     def by(self, headers: Mapping[str, str]) -> AsyncClient:
+        """As `of`. Raises Problem for a key that can't travel."""
         shown = [(name, value) for name in KEYS if (value := headers.get(name, ""))]
+        for name, value in shown:
+            if not (value.isascii() and value.isprintable()):
+                raise Problem(401, "BAD_KEY", f"{name} is none of the server's keys: those are printable ASCII")
         return self._anyone.with_metadata(shown) if shown else self._anyone
 
     async def close(self) -> None:

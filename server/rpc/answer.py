@@ -96,6 +96,7 @@ class Answer:
             log.exception("%s failed", self._method, exc_info=error)
             error = ModelFailed("INTERNAL", "the server failed while it handled this call; its log has the reason")
         self._desk.metrics.refused(error.reason)
+        error = brief(error)
         self.call.fail(grpc.StatusCode[error.status], error.message, details(error))
         self._end(error.status)
 
@@ -257,6 +258,39 @@ class Desk:
 def malformed(request: type[Message]) -> InvalidInput:
     name = request.DESCRIPTOR.full_name
     return InvalidInput("NOT_PROTOBUF", f"the message is not a valid {name}: text must be UTF-8, fields as in its .proto")
+
+
+MESSAGE = 4_700  # bytes that a message may take of a caller's limit for headers: once percent-encoded, once in base64
+CUT = 1_000  # bytes of UTF-8 of a message that takes more; whatever is in it, it fits then
+FACTS = 1_200  # bytes of UTF-8 of all facts
+_ASIS = bytes(c for c in range(0x20, 0x7F) if c != 0x25)  # what is not percent-encoded
+
+
+def brief(error: ServeError) -> ServeError:
+    """The error as it can be told. Messages and facts repeat what callers named, which may be of any length; but a client that gets
+    trailers of more than 8 KiB drops them, and with them what went wrong."""
+    said = _utf8(error.message)
+    long = len(said) * 7 // 3 + 2 * len(said.translate(None, _ASIS)) > MESSAGE
+    facts = error.facts
+    much = sum(len(_utf8(value)) for value in facts.values()) > FACTS
+    if not (long or much):
+        return error
+    message = _shortened(said, CUT) if long else error.message
+    if much:
+        facts = {key: _shortened(_utf8(value), FACTS // len(facts)) for key, value in facts.items()}
+    return type(error)(error.reason, message, retry_after=error.retry_after, **facts)
+
+
+def _shortened(said: bytes, most: int) -> str:
+    """At most so many bytes: how it begins and, since a message says there what to do, how it ends."""
+    if len(said) <= most:
+        return said.decode()
+    end = most // 3
+    return f"{said[: most - end - 3].decode('utf-8', 'ignore')}…{said[-end:].decode('utf-8', 'ignore')}"
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
 
 
 def details(error: ServeError) -> Metadata:

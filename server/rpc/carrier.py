@@ -28,8 +28,6 @@ from server.rpc.h2_socket import Socket
 
 logger = logging.getLogger(__name__)
 
-MUCH = 8 << 20  # bytes that may wait for the server before this process waits for it: callers' own windows then fill
-
 
 class Carrier(DirectFront):
     """The direct front with handlers that pass everything on."""
@@ -121,12 +119,19 @@ class Carrier(DirectFront):
         if self._stopping:
             return
         if out:
-            self._lane.send(b"".join(out))
-        while self._lane.pending > MUCH:
+            try:
+                self._lane.send(b"".join(out))
+            except OSError:
+                self._ended()
+                return
+        while self._lane.pending > relay.MUCH:  # callers' own windows fill meanwhile
             with selectors.DefaultSelector() as room:
-                room.register(self._lane.socket, selectors.EVENT_WRITE)
-                room.select()
-            self._lane.push()
+                room.register(self._lane.socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
+                for _, mask in room.select():
+                    self._hear(mask)  # what is said to us too: the server may itself wait for us to read it
+            self._send()
+            if self._stopping:
+                return
         pending = self._lane.pending > 0
         if pending != self._lane_full:
             self._lane_full = pending
@@ -140,9 +145,7 @@ class Carrier(DirectFront):
         except OSError:
             data = b""
         if data == b"":
-            self._selector.unregister(self._lane.socket)
-            self.draining = self._stopping = True  # the server has ended: what runs is told so
-            self._out = []
+            self._ended()
             return
         for kind, number, payload in self._reader.frames(data) if data else ():
             if kind == relay.DRAIN:
@@ -164,6 +167,12 @@ class Carrier(DirectFront):
                 call.hold(True)
             elif kind == relay.RESUME and isinstance(call, OpenCall):
                 call.hold(False)
+
+    def _ended(self) -> None:
+        """The server has ended: what runs is told so."""
+        self._selector.unregister(self._lane.socket)
+        self.draining = self._stopping = True
+        self._out = []
 
     def _finish(self, call: Any, status: int, text: str, trailing: tuple[Any, ...], message: bytes | None) -> None:
         if message is not None:

@@ -187,7 +187,8 @@ class Face:
 
     def chosen(self, request: pb.ModelInferRequest) -> tuple[list[Tensor], dict[str, Place]]:
         """The outputs that a request asks for by name, and where in shared memory those go that go there. Raises InvalidInput."""
-        tensors, places = [], {}
+        tensors: dict[str, Tensor] = {}
+        places = {}
         for output in request.outputs:
             name = output.name
             tensor = self._known.get(name)
@@ -195,10 +196,12 @@ class Face:
                 known = listed(self._known)
                 message = f"output {name!r} is not one of the model's: {known}"
                 raise InvalidInput("UNKNOWN_OUTPUT", message, tensor=name, expected=known)
-            tensors.append(tensor)
+            if name in tensors:  # its bytes would be made and sent once for each time
+                raise InvalidInput("REPEATED_OUTPUT", f"output {name!r} is asked for twice; ask for it once", tensor=name)
+            tensors[name] = tensor
             if output.parameters and REGION in output.parameters:
                 places[name] = place(name, output.parameters)
-        return tensors, places
+        return list(tensors.values()), places
 
     def rows(self, inputs: Mapping[str, Array]) -> list[str]:
         """The texts of a request that brings TEXT. Raises InvalidInput."""

@@ -116,6 +116,10 @@ class Options:
     backlog_bytes: int = 16 << 20
     """The same in bytes, for replies that are large."""
 
+    unread_bytes: int = 64 << 20
+    """Beyond so many bytes of replies, of all its calls together and beside the largest, that wait for the caller of one connection, calls
+    that it begins wait until it has read half of them; beyond four times as many, unary answers are dropped (not with the public front)."""
+
     streams: int = 0
     """Calls of one connection at once, whatever their kind; further ones wait at the caller. 0 is no limit."""
 
@@ -142,18 +146,25 @@ class Tls:
 
     def credentials(self) -> grpc.ServerCredentials:
         """For gRPC's own servers. Raises OSError."""
+        self.context()  # it says what is wrong with the files, where gRPC only does not listen
         ca = self.client_ca.read_bytes() if self.client_ca else None
         pair = (self.key.read_bytes(), self.cert.read_bytes())
         return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
 
     def context(self) -> ssl.SSLContext:
-        """For Python's sockets. Raises OSError, of which ssl.SSLError is one."""
+        """For Python's sockets. Raises OSError with the files that can't be used."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["h2"])
-        context.load_cert_chain(self.cert, self.key)
+        try:
+            context.load_cert_chain(self.cert, self.key)
+        except OSError as e:  # ssl.SSLError is one; neither names a file
+            raise OSError(f"--tls-cert {self.cert} and --tls-key {self.key}: no PEM certificate chain and its private key ({e})") from None
         if self.client_ca is not None:
-            context.load_verify_locations(self.client_ca)
+            try:
+                context.load_verify_locations(self.client_ca)
+            except OSError as e:
+                raise OSError(f"--tls-client-ca {self.client_ca}: no PEM certificate of an authority ({e})") from None
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 

@@ -127,14 +127,18 @@ def page(caller: Caller | None, shelf: Shelf, after: str, limit: int) -> tuple[l
     return found, len(mine)
 
 
-def brought(caller: Caller | None, record: bytes, pages: Callable[[int], bytes | None], id: str) -> str:
-    """Under which id on the shelf an exported session is to live. Raises Denied where it is another tenant's."""
-    if caller is None:
-        return id
+def brought(caller: Caller | None, record: bytes, pages: Callable[[int], bytes | None], said: str, id: str) -> str:
+    """Under which id on the shelf an exported session is to live; `said` is the id beside its record, which has no checksum. Raises
+    Denied where it is another tenant's, InvalidInput where that id is not the record's."""
     try:
         owner, separator, own = (was := decode(record, pages).record.kept.id).partition(SEPARATOR)
     except Unreadable:
         return named(caller, id)  # the shelf says why
+    if said not in (was, own if separator else was):
+        message = f"what was sent is no exported session: its id {said[:ID_LENGTH]!r} is damaged, it is not the record's"
+        raise InvalidInput("RECORD_DAMAGED", message)
+    if caller is None:
+        return id
     if separator and TENANT.fullmatch(owner):
         if owner != caller.tenant.name:
             raise Denied("OTHER_TENANT", "this session was exported by another tenant", tenant=caller.tenant.name)

@@ -31,14 +31,15 @@ BACKLOG = 256 << 10  # bytes of one connection that may wait for its socket befo
 
 _LENGTH = struct.Struct(">BL")  # gRPC's five bytes before a message: compressed or not, its length
 _INFLATE = {"gzip": 31, "deflate": 15}
+_UNREAD = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
 class Call(Ending):
     """What calls of every kind share. Its way is the connection."""
 
     __slots__ = (
-        "__weakref__", "_asked", "_asked_for", "_connection", "_partial", "_queue", "_queued", "_sent", "_start", "_status", "begun",
-        "blocked", "deadline", "ended", "received", "stream", "window",
+        "__weakref__", "_asked", "_asked_for", "_connection", "_kept", "_partial", "_queue", "_queued", "_sent", "_start", "_status",
+        "begun", "blocked", "deadline", "ended", "received", "stream", "window",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, stream: int, method: str, start: Callable[..., Receiver | None], asked: Asked) -> None:
@@ -47,7 +48,8 @@ class Call(Ending):
         self.stream = stream
         self._start = start
         self._asked = asked
-        self._asked_for = False  # the handler has had its message
+        self._asked_for = False  # the handler has its message, or will have it
+        self._kept = b""  # that message, where it waits for the caller to read other calls' replies
         self.deadline = None if asked.timeout is None else time.monotonic() + asked.timeout
         self.window = connection.first_window  # bytes that the caller takes of this call
         self.received = 0  # bytes since the caller was last told that it may send more
@@ -86,6 +88,16 @@ class Call(Ending):
         """One whole message: the one that the handler begins with, unless it takes more."""
         if not self._asked_for:
             self._asked_for = True
+            if self._connection.full:
+                self._kept = message
+                self._connection.keep(self)
+                return
+            self._run(self._start, self, message)
+
+    def go_on(self) -> None:
+        """The caller has read enough of what waited for it: the handler may begin. The connection has let go of the call."""
+        message, self._kept = self._kept, b""
+        if not self._over:
             self._run(self._start, self, message)
 
     def end(self) -> None:
@@ -138,6 +150,12 @@ class Call(Ending):
         if len(plain) > most:
             self.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"a message larger than max ({len(plain)} or more vs. {most} bytes), unpacked")
             return None
+        if not inflate.eof:
+            self.abort(grpc.StatusCode.INTERNAL, f"a message that says it is {encoding} is cut off: it has no end")
+            return None
+        if inflate.unused_data:
+            self.abort(grpc.StatusCode.INTERNAL, f"a message that says it is {encoding} has {len(inflate.unused_data)} bytes after its end")
+            return None
         return plain
 
     @property
@@ -158,17 +176,26 @@ class Call(Ending):
         """Have a message wait for room."""
         if self._queue is None:
             self._queue = deque()
-        self._queue.append(_LENGTH.pack(0, len(message)) + message)
-        self._queued += len(message) + 5
+        n = len(message) + 5
+        self._queue.append(_LENGTH.pack(0, n - 5) + message)
+        self._queued += n
+        self._connection.waits(n)
 
     def _finish(self, status: int, text: str, trailing: Metadata, message: bytes | None) -> None:
         if message is not None:
-            self._put(message)
+            if self._connection.flooded:
+                status, text, trailing = _UNREAD, f"the answer was dropped: {self._connection.unread} bytes of others wait to be read", ()
+            else:
+                self._put(message)
         self._status = (status, text, trailing)
         self._write()
 
     def _drop(self) -> None:
+        self._connection.taken(self._queued)
+        self._connection.kept.pop(self, None)
         self._queue = self._status = None
+        self._queued = 0
+        self._kept = b""
 
     def _write(self) -> None:
         """Write what there is room for; the rest waits in the connection's line. A status alone needs no room."""
@@ -195,6 +222,7 @@ class Call(Ending):
                 queue.popleft()
                 self._sent = 0
                 self._queued -= len(framed)
+                connection.taken(len(framed))
         if self._status is not None:
             status, self._status = self._status, None
             self._close(*status)
@@ -293,8 +321,8 @@ class StreamCall(Call):
 
 
 class OpenCall(StreamCall):
-    """A stream that the caller writes to as well. While too many replies wait for it, what it sends is kept, and it is soon told
-    to send no more: its window is not opened again."""
+    """A stream that the caller writes to as well. While too many replies wait for it, its own or its connection's, what it sends is kept,
+    and it is soon told to send no more: its window is not opened again."""
 
     __slots__ = ("_inbox", "_paused", "_receiver", "held")
 
@@ -321,6 +349,10 @@ class OpenCall(StreamCall):
     def message(self, message: bytes) -> None:
         if self.held:
             self._inbox.append(message)
+        elif self._connection.full:
+            self.held = True
+            self._inbox.append(message)
+            self._connection.keep(self)
         else:
             self._deliver(message)
 
@@ -341,8 +373,21 @@ class OpenCall(StreamCall):
         """The caller has read half of what waited: go on with what it sent meanwhile. On the front's thread."""
         if self._paused:
             return
+        if self._connection.full:
+            self._connection.keep(self)  # much of other calls waits
+            return
+        self.go_on()
+
+    def go_on(self) -> None:
+        if self._paused:
+            return
+        connection = self._connection
         self.held = False
         while self._inbox and not self.held:
+            if connection.brimming:
+                self.held = True
+                connection.keep(self)
+                return
             self._deliver(self._inbox.popleft())
         if not self.held and self.ended:
             self.end()
@@ -353,7 +398,7 @@ class OpenCall(StreamCall):
 
     def pump(self) -> bool:
         done = super().pump()
-        if self.held and not self._paused and not self._full(0.5):
+        if self.held and not self._paused and not self._full(0.5) and self not in self._connection.kept:
             self._connection.resumed(self)
         return done
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,6 +28,7 @@ WINDOW = 8 << 20  # bytes of all calls' messages that may be under way to us on 
 PIECE = 128 << 10  # bytes read at once; then others have their turn
 STUCK = 4 * BACKLOG  # bytes waiting for the socket beyond which no more is read, since what is read may have to be answered
 RESETS = 2_000, 500.0  # calls that a caller may cancel at once, and a second: more is an attack (CVE-2023-44487)
+_DROPPED = 4  # times `unread_bytes`: unary answers that come on top of so much are dropped, whenever their calls began
 _PARTIAL = 4  # times the longest message: what one connection's messages may hold before they are whole
 _DRAIN = b"drain..."
 _ALIVE = b"alive?.."
@@ -65,6 +66,10 @@ class Connection:
         self.lock = lock  # of all that is sent, here and in calls
         self.calls: dict[int, Call] = {}
         self.blocked: deque[Call] = deque()  # that wait for room to write
+        self.kept: OrderedDict[Call, None] = OrderedDict()  # that wait for the caller to read what is there, in the order they came
+        self.full = False  # so much is unread that calls that come are kept; ends with the last of them
+        self.unread = 0  # bytes in all calls' queues
+        self._largest = 0  # of the messages in queues, or of one that was: one reply may be of any size and hinders nobody
         self.window = h2.WINDOW  # bytes that the caller takes of all calls
         self.first_window = h2.WINDOW  # of a new call
         self.longest = h2.LONGEST
@@ -97,6 +102,32 @@ class Connection:
 
     def forget(self, call: Call) -> None:
         self.calls.pop(call.stream, None)
+        if self.kept:
+            self.kept.pop(call, None)
+
+    def waits(self, n: int) -> None:
+        """A message of so many bytes waits for room."""
+        self.unread += n
+        if n > self._largest:
+            self._largest = n
+        if self.brimming:
+            self.full = True
+
+    def taken(self, n: int) -> None:
+        """So many bytes wait no longer."""
+        self.unread -= n
+        if not self.unread:
+            self._largest = 0
+
+    @property
+    def brimming(self) -> bool:
+        """So much is unread that no call should begin."""
+        return self.unread - self._largest > self.options.unread_bytes
+
+    @property
+    def flooded(self) -> bool:
+        """So much is unread that no answer is kept."""
+        return self.unread - self._largest > _DROPPED * self.options.unread_bytes
 
     def resumed(self, call: OpenCall) -> None:
         self._resumed.append(call)
@@ -114,18 +145,40 @@ class Connection:
         self.dirty = False
         while True:
             with self.lock:
+                was = self.size  # also what the socket has taken since: calls found no room then, and may find some now
                 self._pump()
                 data, self._out = self._out, []
                 resumed, self._resumed = self._resumed, []
                 if data:
                     self.socket.send(b"".join(data) if len(data) > 1 else data[0])
                 self.size = self.socket.pending
-                again = bool(self.blocked) and self.size < BACKLOG and self.window > 0 and bool(data)
+                again = bool(self.blocked) and self.size < BACKLOG and self.window > 0 and (bool(data) or was >= BACKLOG)
             for call in resumed:
                 call.resume()
                 self._open_window(call)
+            if self.full and self.unread - self._largest <= self.options.unread_bytes // 2:
+                self._release()
             if not again and not resumed:
                 return
+
+    def keep(self, call: Call) -> None:
+        """Have a call wait until less is unread."""
+        with self.lock:
+            self.kept[call] = None
+
+    def _release(self) -> None:
+        """The caller has read half of what there was: let calls go on that were kept, until too much is unread again."""
+        while True:
+            with self.lock:
+                if self.brimming:
+                    return
+                if not self.kept:
+                    self.full = False
+                    break
+                call, _ = self.kept.popitem(last=False)
+            call.go_on()
+            self._open_window(call)
+        self._open_own_window()
 
     def _pump(self) -> None:
         """Let calls write that waited for room, each in its turn."""
@@ -188,6 +241,7 @@ class Connection:
             calls = list(self.calls.values())
             self.calls.clear()
             self.blocked.clear()
+            self.kept.clear()
         for call in calls:
             call.gone()
 
@@ -211,12 +265,16 @@ class Connection:
         except Unreadable as e:
             logger.info("%s: the connection is ended: %s", self.peer, e)
             self.end(h2.COMPRESSION_ERROR, str(e))
-        if self._received > WINDOW // 2 and not self.over:
+        self._open_own_window()
+        return True
+
+    def _open_own_window(self) -> None:
+        """Let the caller send more of all calls, unless calls are kept, which is all that bounds what they bring."""
+        if self._received > WINDOW // 2 and not self.over and not self.full:
             with self.lock:
                 self.write(h2.window_update(0, self._received))
             self._received = 0
             self.touch()
-        return True
 
     def _greeting(self, data: bytes) -> int:
         """Bytes of the caller's preface; 0 while it is not whole. Raises Fault."""
@@ -452,6 +510,8 @@ class Connection:
                 self.blocked.remove(call)
         if call is not None:
             call.gone()
+            if self.full:
+                self.touch()  # what it left unread was dropped: others may go on
 
     def _settings(self, flags: int, stream: int, payload: bytes) -> None:
         if stream:

@@ -17,7 +17,7 @@ from protos import inference_pb2 as pb
 from server.errors import ServeError
 from server.quotas import Caller
 from server.rpc import gate
-from server.rpc.answer import Answer, Desk
+from server.rpc.answer import Answer, Desk, brief
 from server.rpc.front import Call, Method, Receiver
 from server.rpc.inference import Inference
 from server.rpc.parameters import FINAL, NONE, SERVICE, Parameters
@@ -143,7 +143,7 @@ class _InStream:
         if self._of.refuse(error):
             return
         if isinstance(error, ServeError):
-            error = gate.told(self._of.caller, error)
+            error = brief(gate.told(self._of.caller, error))
         if not isinstance(error, ServeError):
             log.exception("a request of a stream failed", exc_info=error)
         message = (

@@ -41,6 +41,7 @@ BEGINS: Final = struct.Struct(">HLd")  # method, caller, deadline on the monoton
 COUNT: Final = struct.Struct(">L")
 READY: Final = b"!"  # a carrier's first byte: from now on it takes connections
 PIECE = 256 << 10  # bytes read at once
+MUCH = 8 << 20  # bytes that may wait for the other end, before a carrier waits for it and the server takes no more calls of that carrier
 Caller = tuple[Metadata, str, bytes | None]
 """Metadata, peer, certificate."""
 
@@ -208,7 +209,6 @@ class Home(Protocol):
 class Lane:
     """The server's end of one carrier's lane. What h2_connection.Connection is to callers, in what the front's loop asks of it."""
 
-    stuck = False
     greeted = settled = True
     over = pinged = drained = 0.0
 
@@ -226,6 +226,13 @@ class Lane:
         self._out: list[bytes] = []
         self._callers: dict[int, Caller] = {}
         self._reader = Reader()
+        self._frames: list[tuple[int, int, bytes]] = []  # that came while too much waited for the carrier
+        self._size = 0  # bytes in `out` and in the socket's hands
+
+    @property
+    def stuck(self) -> bool:
+        """Whether so much waits for the carrier that no more should be read of it: most of what it says wants an answer."""
+        return self._size > MUCH
 
     def wait(self, seconds: float) -> None:
         """Until the carrier takes connections. Raises OSError where it ends before, or takes too long."""
@@ -238,6 +245,7 @@ class Lane:
     def write(self, data: bytes) -> None:
         """With the lock."""
         self._out.append(data)
+        self._size += len(data)
 
     def tell(self, kind: int, call: int) -> None:
         with self.lock:
@@ -256,6 +264,10 @@ class Lane:
             data, self._out = self._out, []
             if data:
                 self.socket.send(b"".join(data))
+            self._size = self.socket.pending
+        if self._frames and not self.stuck:
+            frames, self._frames = self._frames, []
+            self._take(frames)
 
     def read(self) -> bool:
         """False at its end. Raises OSError."""
@@ -266,7 +278,19 @@ class Lane:
             return False
         if not self.ready:
             self.ready, data = True, data[len(READY) :]
-        for kind, number, payload in self._reader.frames(data) if data else ():
+        frames = self._reader.frames(data) if data else []
+        if self._frames:
+            self._frames += frames
+        else:
+            self._take(frames)
+        return True
+
+    def _take(self, frames: list[tuple[int, int, bytes]]) -> None:
+        """Do what the carrier says, as far as it reads what it is told."""
+        for place, (kind, number, payload) in enumerate(frames):
+            if self._size > MUCH:
+                self._frames = frames[place:]
+                return
             if kind == BEGIN:
                 method, caller, deadline = BEGINS.unpack_from(payload)
                 name, how = self._table[method]
@@ -291,7 +315,6 @@ class Lane:
                     found.gone()
                 elif kind == TAKEN:
                     found.taken(COUNT.unpack(payload)[0])
-        return True
 
     def drain(self) -> None:
         if not self.drained:

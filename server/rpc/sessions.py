@@ -21,18 +21,18 @@ from contract.bundle import Tensor
 from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server.catalog import Model
-from server.errors import Conflict, InvalidInput, ModelFailed, ServeError
+from server.errors import Conflict, InvalidInput, ModelFailed, Overloaded, ServeError
 from server.inputs import Sizes, check
 from server.quotas import Caller
 from server.rpc import gate, wire
-from server.rpc.answer import Answer, Desk, malformed
+from server.rpc.answer import Answer, Desk, brief, malformed
 from server.rpc.front import Call, Method, Receiver
 from server.rpc.generation import read_wishes, write_generated
 from server.rpc.tasks import read_series, write_classification, write_series, write_timing
 from server.sequence import Inputs, Outputs, Packed, Sequence, Views
 from server.sessions import Kept
 from server.shares import Claim
-from server.shelf import Shelf
+from server.shelf import ID_LENGTH, Shelf
 from server.tasks.classify import Classifier
 from server.tasks.forecast import Forecaster
 from server.tasks.generate import Generator
@@ -127,7 +127,7 @@ class Sessions:
 
     def bring(self, request: pb.ImportRequest, answer: Answer) -> None:
         caller, exported = answer.caller, request.exported
-        id = gate.brought(caller, exported.record, exported.pages.get, request.session)
+        id = gate.brought(caller, exported.record, exported.pages.get, exported.session, request.session)
         with gate.room(caller, self._shelf):
             kept = self._shelf.bring(exported.record, exported.pages, id)
         answer.done(_info(kept, caller))
@@ -153,6 +153,8 @@ class _Stream(Receiver):
         self._replies: list[bytes] = []  # to be sent: each a TurnReply, and what stands before it
         self._size = 0
         self._refused: dict[str, int] = {}  # by session, a turn of this stream that was refused
+        self._remembered = 0  # bytes that these take
+        self._over = False  # they take too many: the stream has ended for it, and no turn is taken any more
         self.claim = answer.claim(lasting=True)
         answer.cancel_by(lambda: None)  # turns that were begun run on: their caller may come back for the replies
 
@@ -242,21 +244,46 @@ class _Stream(Receiver):
             if self.caller is not None:
                 self.caller.spend()
             if self._refused:
-                if turn.turn > self._refused.get(turn.session, turn.turn):
-                    # Sent ahead of the refusal: on top of whatever is in the refused turn's place it would be another turn.
-                    raise _behind(turn, self._refused[turn.session])
-                self._refused.pop(turn.session, None)
+                if self._over:
+                    return
+                refused = self._refused.get(turn.session)
+                if refused is not None:
+                    if turn.turn > refused:
+                        # Sent ahead of the refusal: on top of whatever is in the refused turn's place it would be another turn.
+                        raise _behind(turn, refused)
+                    self._forget(turn.session)
             _take(self._turns, turn, work, self.caller, sure)
         except ServeError as e:
             if isinstance(e, Conflict) and self._errands is not None and self._turns.shelf.shared and not sure:
                 ids = [gate.stored(self.caller, turn.session)]
                 self._errands.run(ids, lambda: self._begin_apart(turn, work, sure=True))
                 return
-            self._refused.setdefault(turn.session, turn.turn)
+            self._remember(turn)
             work.told(e)
         except Exception:
             work.told(ModelFailed("INTERNAL", "the server failed while it took this turn; its log has the reason"))
             raise
+
+    def _remember(self, turn: pb.TurnRequest) -> None:
+        """Turns of the same session sent ahead of this one, which is refused, are to be refused as well. Where that takes too much
+        memory the stream ends: to forget one would be to run what was sent behind it."""
+        if len(turn.session) > ID_LENGTH:
+            return  # no session has such an id, so turns sent ahead are refused for that
+        with self._lock:
+            if turn.session in self._refused:
+                return
+            self._refused[turn.session] = turn.turn
+            self._remembered += _weight(turn.session)
+            self._over = over = self._remembered > REFUSED
+        if over:
+            message = f"turns of {len(self._refused)} sessions of this stream were refused and not sent again; open another stream"
+            self._answer.fail(Overloaded("MANY_REFUSED", message, sessions=len(self._refused)))
+
+    def _forget(self, session: str) -> None:
+        """The refused turn was sent again, or one before it."""
+        with self._lock:
+            if self._refused.pop(session, None) is not None:
+                self._remembered -= _weight(session)
 
 
 def _names(request: Message) -> list[str]:
@@ -271,6 +298,7 @@ def _names(request: Message) -> list[str]:
 
 
 FORMS = 4096  # of turns and replies that are known of a model; then all are forgotten
+REFUSED = 32 << 20  # bytes that a stream's refused turns may take until they are sent again: those of 190,000 sessions with ids of ours
 JOINED = 256 << 10  # bytes: replies of one round are sent together up to this, or a message could outgrow what clients accept
 
 
@@ -278,6 +306,11 @@ JOINED = 256 << 10  # bytes: replies of one round are sent together up to this, 
 def _before(length: int) -> bytes:
     """What stands before a TurnReply of that length in a TurnsReply."""
     return _TURNS + wire.varint(length)
+
+
+def _weight(session: str) -> int:
+    """Bytes that a refused turn takes until it is sent again, about: its session's id and what holds it."""
+    return 150 + len(session) * (1 if session.isascii() else 4)
 
 
 def _behind(turn: pb.TurnRequest, refused: int) -> Conflict:
@@ -517,6 +550,7 @@ def _generate(model: Model, request: pb.TurnRequest, rest: str) -> Plan:
 
 
 def _refusal(error: ServeError) -> pb.Refusal:
+    error = brief(error)
     code = grpc.StatusCode[error.status].value[0]
     return pb.Refusal(code=code, message=error.message, reason=error.reason, facts=error.facts, retry_after=error.retry_after or 0.0)
 

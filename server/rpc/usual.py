@@ -24,7 +24,9 @@ _NAME, _VERSION, _ID, _PARAMETER, _INPUT, _OUTPUT, _RAW = 0x0A, 0x12, 0x1A, 0x22
 _FORM = frozenset((_NAME, _VERSION, _INPUT, _OUTPUT))
 _SEQUENCE = b"\x0a\x0bsequence_id\x12"  # a parameter's key, and what its value begins with
 _TURN = b"\x0a\x04turn\x12"
-MOST = 1024  # forms, and as many ids of sequences; then all are forgotten
+MOST = 1024  # forms, and 16 times as many ids of sequences; then all are forgotten
+LONGEST = 16 << 10  # bytes of a form that is remembered
+LONGEST_ID = 1 << 10  # bytes of the parameter of a sequence's id: no session's is as long
 
 Cut = tuple[tuple[bytes, ...], bytes, bytes, list[bytes]]
 """A request's form, its id, its parameter `sequence_id` (both empty where there is none), and its raw tensors."""
@@ -136,6 +138,9 @@ class Forms:
         return usual
 
     def learn(self, form: tuple[bytes, ...], usual: Usual) -> None:
+        """Remember a form, unless it is so long that forms like it would fill memory."""
+        if sum(map(len, form)) > LONGEST:
+            return
         if len(self._forms) >= MOST:
             self._forms = {}
         self._forms[form] = usual
@@ -148,6 +153,8 @@ class Forms:
         return self._sequences.get(parameter)
 
     def learn_sequence(self, parameter: bytes, id: str) -> None:
+        if len(parameter) > LONGEST_ID:
+            return
         if len(self._sequences) >= 16 * MOST:
             self._sequences = {}
         self._sequences[parameter] = id

@@ -29,6 +29,8 @@ DATATYPES = {
 _NAMES = {**{dtype: name for name, dtype in DATATYPES.items()}, "string": "BYTES"}
 _NUMPY = {name: np.dtype(dtype).newbyteorder("<") for name, dtype in DATATYPES.items()}
 _TAKEN = (*DATATYPES, "BF16", "BYTES")
+MOST_AXES = 64  # of a tensor: numpy has no more
+MOST_VALUES = 1 << 40  # that a tensor's lengths come to, where one of them is 0 and its bytes say nothing of the others
 _TYPED = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents", "INT64": "int64_contents",
     "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents", "UINT64": "uint64_contents",
@@ -98,7 +100,9 @@ def read_packed(graph: Graph, tensors: Listed[Any], raw: Listed[bytes]) -> tuple
     for tensor, sent, data in zip(graph.inputs, tensors, raw, strict=True):
         if sent.name != tensor.name:
             return 0, None  # in another order, or another's
-        mine = _steps(tensor, sent.datatype, tuple(sent.shape))
+        if DATATYPES.get(sent.datatype) != tensor.dtype or len(sent.shape) != len(tensor.axes):
+            return 0, None  # before it is looked up: what is looked up is kept, and must not be of any size
+        mine = _steps(tensor, tuple(sent.shape))
         if not mine or len(data) != mine * tensor.packed or (tensor.time_axis is not None and steps not in (0, mine)):
             return 0, None
         if tensor.time_axis is not None:
@@ -109,10 +113,8 @@ def read_packed(graph: Graph, tensors: Listed[Any], raw: Listed[bytes]) -> tuple
 
 
 @lru_cache(maxsize=4096)
-def _steps(tensor: Tensor, kind: str, shape: tuple[int, ...]) -> int:
-    """Of how many steps one row of that form is; 0 where it is not of the tensor's form."""
-    if DATATYPES.get(kind) != tensor.dtype or len(shape) != len(tensor.axes):
-        return 0
+def _steps(tensor: Tensor, shape: tuple[int, ...]) -> int:
+    """Of how many steps one row of that shape is; 0 where it is not of the tensor's form."""
     if any((n != 1) if a == BATCH else (n < 1) if a == TIME else (n != a) for a, n in zip(tensor.axes, shape, strict=True)):
         return 0
     return 1 if tensor.time_axis is None else shape[tensor.time_axis]
@@ -204,11 +206,18 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> Array:
 
 
 def _form(name: str, shape: Listed[int]) -> tuple[list[int], int]:
-    """A tensor's lengths and count of values."""
+    """A tensor's lengths and count of values. Raises InvalidInput where no array has that shape."""
+    if len(shape) > MOST_AXES:
+        message = f"input {name!r}: a shape of {len(shape)} axes; at most {MOST_AXES} can be read"
+        raise InvalidInput("WRONG_RANK", message, tensor=name, expected=f"0..{MOST_AXES}", got=len(shape))
     dims = list(shape)
     if dims and min(dims) < 0:
         raise InvalidInput("WRONG_SHAPE", f"input {name!r}: shape {dims} has a negative length", tensor=name, got=dims)
-    return dims, math.prod(dims)
+    count = math.prod(dims)
+    if not count and math.prod(n for n in dims if n) > MOST_VALUES:  # no bytes belie it, and numpy multiplies the others all the same
+        message = f"input {name!r}: the lengths of {dims} other than 0 come to more than {MOST_VALUES} values; send smaller ones"
+        raise InvalidInput("WRONG_SHAPE", message, tensor=name, expected=f"0..{MOST_VALUES}", got=dims)
+    return dims, count
 
 
 def repeated(name: str) -> InvalidInput:

@@ -42,7 +42,7 @@ class Forecaster:
         failed: Callable[[ServeError], None], claim: Claim = ANYONE,
     ) -> Sequence:  # fmt: skip
         """Queue one series, float32 [steps, channels]; horizon 0 and no quantiles mean all the model gives. Raises
-        InvalidInput where the model has no such horizon, quantile or number of channels."""
+        InvalidInput where the model has no such horizon, quantile or number of channels, or a quantile is asked for twice."""
         inputs, sizes, result = self.plan(observations, horizon, quantiles)
         sequence = Sequence(self._engine.bundle.main, inputs, sizes, lambda s, outputs: then(s, result(outputs)), failed)
         self._engine.submit(sequence, claim)
@@ -57,7 +57,7 @@ class Forecaster:
             raise InvalidInput(
                 "BAD_HORIZON", f"horizon {steps}; allowed are 1 to {self.horizon} steps", expected=f"1..{self.horizon}", got=steps
             )
-        places = [self._place(q) for q in quantiles] or list(range(len(self.quantiles)))
+        places = self._places(quantiles) if quantiles else list(range(len(self.quantiles)))
         inputs = {self._input: observations[None]}
         sizes = check(self._engine.bundle.graph, inputs, 1)
 
@@ -67,6 +67,17 @@ class Forecaster:
             return Forecasted(outputs["mean"][0, :steps], chosen)
 
         return inputs, sizes, result
+
+    def _places(self, quantiles: Listed[float]) -> list[int]:
+        """Where in the model's outputs they are: each once, so that no answer outgrows what the model gives."""
+        places: list[int] = []
+        for quantile in quantiles:
+            place = self._place(quantile)
+            if place in places:
+                message = f"quantile {self.quantiles[place]:g} is asked for twice; ask for it once"
+                raise InvalidInput("REPEATED_QUANTILE", message, got=self.quantiles[place])
+            places.append(place)
+        return places
 
     def _place(self, quantile: float) -> int:
         distance = np.abs(np.array(self.quantiles) - quantile)

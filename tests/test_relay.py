@@ -185,9 +185,13 @@ def test_a_carrier_that_waits_for_its_server_reads_meanwhile() -> None:
         settling.start()
         assert ours.recv(1000)
         ours.sendall(relay.frame(relay.ANSWER, 7, bytes(16 << 20)))  # of a call that is over: read and dropped
-        while settling.is_alive():
-            assert ours.recv(1 << 20)
+        reader = threading.Thread(target=lambda: [*iter(lambda: ours.recv(1 << 20), b"")], daemon=True)
+        reader.start()
+        settling.join(WAIT_S)
+        assert not settling.is_alive()
         assert not made._stopping
+        ours.shutdown(socket.SHUT_RD)
+        reader.join(WAIT_S)
 
 
 def _ended(descriptor: int) -> bool:

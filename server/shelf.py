@@ -467,7 +467,9 @@ def _reads(rest: str, model: Model) -> bool:
     tokens = model.bundle.graph.input("tokens")
     if not rest or tokens is None:
         return not rest
-    return rest.isascii() and rest.isdecimal() and tokens.allowed <= int(rest[:19]) <= (math.inf if tokens.high is None else tokens.high)
+    if not (rest.isascii() and rest.isdecimal() and len(rest) < 19):  # an int64 at most
+        return False
+    return tokens.allowed <= int(rest) <= (math.inf if tokens.high is None else tokens.high)
 
 
 def _new_id() -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from contract import tolerance
 from contract.bundle import BATCH, TIME, Graph, Tensor, is_ragged
+from server.errors import DeviceLost
 from server.graph import Array, OnnxGraph
 from server.inputs import spell
 from server.states import Rows
@@ -150,7 +151,7 @@ def measure(onnx: OnnxGraph, seconds: float, most_rows: int = ROWS[-1], clock: C
             try:
                 took = _best(onnx, rows, steps, clock, until)
             except Exception as e:  # onnxruntime raises its own types, all of them straight from Exception
-                if not points:
+                if not points or isinstance(e, DeviceLost):
                     raise
                 log.warning(
                     "%s: rounds of %d rows and %d steps can't be run here, smaller ones can: %s", graph.file, rows, steps, str(e)[:300]

@@ -434,7 +434,6 @@ class Turns:
             ran, moved = self._store(ran)
             if not ran:
                 return
-        closed: list[Session] = []
         told: list[tuple[Session, list[Pending], Listed[bytes]]] = []
         now = self._clock()
         with self._lock:
@@ -442,16 +441,11 @@ class Turns:
                 session = r.session
                 if session.id in moved:
                     continue
-                if not session.line:  # closed meanwhile
-                    closed.append(session)
+                if not session.line:  # closed meanwhile: whoever closed it waits, to end it in the store after this
                     continue
                 told.append((session, self._sessions.commit(session, r.replies, r.memory, now), r.replies))
             old = self._grown_old(ran)
-            if self.shelf.keeps and not closed:
-                self.shelf.settled([r.session.id for r in ran])
-        if closed and self.shelf.keeps:  # before anyone is told, who may end one of these
-            self._stay_closed(closed)
-            with self._lock:
+            if self.shelf.keeps:  # before anyone is told, who may end one of these
                 self.shelf.settled([r.session.id for r in ran])
         for _, done, replies in told:
             for pending, reply in zip(done, replies, strict=True):
@@ -483,21 +477,6 @@ class Turns:
                 work.flush()
             sessions = [session for session, _ in repeated]
         return following
-
-    def _stay_closed(self, closed: list[Session]) -> None:
-        """Sessions that were closed while this round was stored must not come back from the store; nor may one that was opened
-        anew under such an id be lost, or be what the old one was."""
-        for session in closed:
-            written: Kept | Session | None = session  # nothing yet
-            while True:  # whatever changed while it was written is written again
-                with self._lock:
-                    now = self._sessions.live(session.id)
-                    kept = None if now is None else now.kept
-                    away = self._sessions.away(session.id)
-                if away or kept == written:
-                    break
-                self.shelf.write(() if kept is None else [kept], [session.id] if kept is None else ())
-                written = kept
 
     def _store(self, ran: list[_Ran]) -> tuple[list[_Ran], frozenset[str]]:
         """Store what was run; gives what was stored, and the ids of it that another server has taken up since. The rest was told of

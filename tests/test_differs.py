@@ -10,13 +10,15 @@ import onnx
 import pytest
 from onnx import helper
 
+from contract import bundle as contract
 from export import adapt
 from seqserve import Client
 from server import differs, dropin
 from server.differs import Differences
+from server.graph import OnnxFile
 from tests import bare
 from tests.models import FLOAT, INT64, _ints, _save, _value, _weights
-from tests.process import serve
+from tests.process import ROOT, serve
 
 
 def lagging(file: Path, lag: int, factor: float = 1.0) -> Path:
@@ -66,6 +68,18 @@ def test_how_far_back_a_file_looks(lag: int, tmp_path: Path) -> None:
         seen = dropin.understand(lagging(tmp_path / "lag.onnx", lag, factor))
         assert (seen.faults, seen.graph.cut) == ((), False)
         assert "'y' would differ if a sequence were cut: each call or turn runs whole" in seen.remarks
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "models").glob("*/*/bundle.json")), ids=lambda file: str(file.parent.parent.name))
+def test_shipped_models_in_long_sequences(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What we ship and say may be cut gives the same bits in pieces of 1,025 steps, or of as many as it takes."""
+    monkeypatch.setattr(differs, "PATIENCE", 60.0)
+    bundle = contract.load(file.parent)
+    for graph in bundle.graphs.values():
+        if graph.cut and graph.max_time > 1 and any(t.time_axis is not None for t in graph.data):
+            found = differs.cut_differs(OnnxFile(file.parent / graph.file), graph)
+            assert (found.wrong, found.rounded) == ({}, {})
+            assert found.steps == min(differs.LONG[0], graph.max_time)
 
 
 def test_a_long_call_of_what_looks_back(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Config:
     timeout: float = _knob(60.0, "seconds that a call to the server may take, where its caller names none (x-request-timeout)")
     max_timeout: float = _knob(600.0, "the longest that a caller may name, in seconds")
     max_body_bytes: int = _knob(16 << 20, "size of a request's body, also after it is decompressed; larger ones are refused")
-    max_head_bytes: int = _knob(32 << 10, "size of a request's line and headers together")
+    max_head_bytes: int = _knob(32 << 10, "size of a request's line and headers together, and of its trailers")
     head_seconds: float = _knob(10.0, "how long a request's headers may take to arrive")
     body_seconds: float = _knob(30.0, "how long a request's body may take to arrive")
     idle_seconds: float = _knob(75.0, "how long a connection may stay open between requests")

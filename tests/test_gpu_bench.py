@@ -20,13 +20,15 @@ from tests.models import two_layers
 
 def test_sessions_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     """Every way of running has its line, with states in banks and on the host; no state crosses on the way."""
-    asked = ["--device", "cpu", "--part", "sessions", "--sessions", "3", "--seconds", "0.2", "--hidden", "8", "--sizes", "16"]
+    asked = ["--device", "cpu", "--part", "sessions", "--sessions", "3,20", "--seconds", "0.2", "--hidden", "8", "--sizes", "16"]
     assert gpu_bench.main(asked) == 0
     said = capsys.readouterr().out
     for way in (
         "engine, states on the device, 3",
         "engine, states on the host, 3",
         "with its sessions, 3",
+        "engine, states on the device, 20",  # after what was brought by a thread that attends
+        "with its sessions, 20",
         "onnxruntime alone, states as arrays",
     ):
         (line, *_) = [line for line in said.splitlines() if way in line]

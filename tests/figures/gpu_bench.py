@@ -183,7 +183,8 @@ def in_engine(app: App, sessions: int, seconds: float) -> Cell:
     cell.latencies = latencies[before:]
     counted.into(cell, turns)
     over = True
-    done.wait(60)
+    if not done.wait(60):
+        raise AssertionError(f"{under_way} of {sessions} turns were never answered")
     check(model, kept, "in the engine")
     return cell
 
@@ -237,6 +238,8 @@ def with_sessions(app: App, sessions: int, seconds: float) -> Cell:
             under_way -= 1
         else:
             send(group)
+    while app.workers.brief():  # and from here it attends no more: what it submits next is the workers'
+        pass
     for live in lives:
         app.turns.close(live.id)
     return cell

@@ -216,16 +216,13 @@ def with_sessions(app: App, sessions: int, seconds: float) -> Cell:
     counted, turns, under_way = None, 0, len(groups)
     attends = False
     while under_way:
-        if call.answered.empty():
-            if attends:
-                attends = app.workers.brief()
-                continue
-            found = call.answered.get()  # asleep, as a front is until the network wakes it
+        if attends and call.answered.empty():
+            attends = app.workers.brief()
+            continue
+        group, at = call.answered.get()  # asleep, as a front is until the network wakes it
+        if not attends:
             app.workers.attend()
             attends = True
-        else:
-            found = call.answered.get()
-        group, at = found
         if counted is None and at > warm:
             counted, turns = Counted(model, app), 0
             began = at
@@ -238,6 +235,8 @@ def with_sessions(app: App, sessions: int, seconds: float) -> Cell:
             under_way -= 1
         else:
             send(group)
+            if app.workers.enough and not app.workers.brief():
+                app.workers.attend()  # there is more to take
     while app.workers.brief():  # and from here it attends no more: what it submits next is the workers'
         pass
     for live in lives:

@@ -137,12 +137,8 @@ class App:
             self.keys.start()
             if self.config.tls_cert is None:
                 log.warning("keys go over the wire in the clear: set --tls-cert and --tls-key, or let only a TLS proxy reach this port")
-        gc.collect()
-        _trim()
-        gc.freeze()  # what is there now stays: models, code
-        gc.set_threshold(*COLLECT)
+        settle()
         threading.Thread(target=self._tidy, name="memory", daemon=True).start()
-        sys.setswitchinterval(SWITCH_S)
         self.front.start()
         self.health.set(True)
         if self.config.port_file is not None:
@@ -195,6 +191,15 @@ class App:
         if self.tracing is not None:
             self.tracing.stop()
         log.info("stopped after %.2f s%s", time.monotonic() - began, "" if done else "; some requests were refused")
+
+
+def settle() -> None:
+    """Set Python up to serve: all that stays is there now, models and code."""
+    gc.collect()
+    _trim()
+    gc.freeze()
+    gc.set_threshold(*COLLECT)
+    sys.setswitchinterval(SWITCH_S)
 
 
 def _traced(config: Config, metrics: Metrics) -> tuple[Tracing | None, Workers, Watch]:

@@ -10,6 +10,7 @@ fits a few minutes (--seconds, --sessions).
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -27,7 +28,7 @@ import onnxruntime as ort
 
 from contract import bundle as contract
 from contract import tolerance
-from server.app import SWITCH_S, App
+from server.app import App, settle
 from server.catalog import Model
 from server.config import AUTO, MEASURED, Config
 from server.devices import parse
@@ -94,14 +95,16 @@ def running(models: Path, device: str, state: str, sizes: str) -> Iterator[App]:
     )  # fmt: skip
     app.catalog.scan(models)
     app.workers.start()
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
+    before = sys.getswitchinterval(), gc.get_threshold()
+    settle()
     try:
         yield app
     finally:
         app.workers.stop()
         app.store.close()
-        sys.setswitchinterval(before)
+        gc.unfreeze()
+        gc.set_threshold(*before[1])
+        sys.setswitchinterval(before[0])
 
 
 class Counted:

@@ -192,6 +192,12 @@ class Banks(Home):
         for state, memory, before, after in zip(self._states, self._memory, self._before, self._after, strict=True):
             binding.leave(state.output, memory, start * before * after, shape_of(state, count))
 
+    def tidy(self) -> Slots:
+        """The slots, less those that nobody holds any more."""
+        with self._lock:
+            self._bury()
+        return self.slots
+
     def _bury(self) -> None:
         while self.dead:
             start, count = self.dead.popleft()

@@ -52,7 +52,7 @@ class BoundGraph(OnnxGraph):
 
     @property
     def about(self) -> list[tuple[str, str, float]]:
-        banks, slots = self.banks, self.banks.slots
+        banks, slots = self.banks, self.banks.tidy()
         return [
             ("seqserve_device_slots", "taken", slots.taken), ("seqserve_device_slots", "free", slots.count - slots.taken),
             ("seqserve_device_rounds_total", "bound", banks.bound), ("seqserve_device_rounds_total", "gathered", banks.gathered),

@@ -87,8 +87,8 @@ class Session:
     """A session in memory: what is kept of it, and the turns under way. Id, model and ttl never change."""
 
     __slots__ = (
-        "acknowledged", "expires", "fingerprint", "id", "line", "model", "repeated", "replies", "state", "telling", "ttl", "turn",
-        "version",
+        "__weakref__", "acknowledged", "expires", "fingerprint", "id", "line", "model", "repeated", "replies", "state", "telling", "ttl",
+        "turn", "version",
     )  # fmt: skip
 
     def __init__(self, kept: Kept, expires: float) -> None:

@@ -80,6 +80,11 @@ class Shelf:
         self._expiry = threading.Thread(target=self._expire, name="session-expiry", daemon=True)
 
     @property
+    def resident(self) -> int:
+        """How many sessions memory is to hold, at most."""
+        return self._limits.resident
+
+    @property
     def keeps(self) -> bool:
         """Whether the store keeps sessions as they go."""
         return self._store.durability is not Durability.NONE

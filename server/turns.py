@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listed
 from contextlib import suppress
+from weakref import ref
 
 from server import abreast
 from server.catalog import Model
@@ -34,7 +35,11 @@ from server.workers import Workers
 log = logging.getLogger(__name__)
 
 Told = Callable[[bytes | ServeError], None]
-OWNED_AFTER = 64  # rounds, and as many turns as sessions are in memory, after which one that was not used since gets state of its own
+# One session that nobody uses must not keep a whole round's bank of states; but to give it state of its own costs a copy, which is lost
+# where its next turn was about to come. So that is after as many turns as sessions are in memory, and this many rounds; but after twice
+# as many turns at the latest, or this many where sessions are few: a device has slots for three times the sessions.
+OWNED_AFTER = 64  # rounds
+OWNED_TURNS = 4096
 
 
 class Plan:
@@ -179,6 +184,11 @@ class _Ran:
         self.memory = memory
 
 
+_Shared = list[tuple["ref[Session]", int]]
+"""Sessions, and the turn after which each shared a round's bank. It keeps none of them, nor what it remembers: what is closed, put away or
+has gone on leaves its bank at once."""
+
+
 class _Round(threading.local):
     """What the round of this thread completed."""
 
@@ -194,8 +204,9 @@ class Turns:
         self._sessions = shelf.sessions
         self._lock = shelf.lock
         self._clock = clock
+        self._few = min(OWNED_TURNS, shelf.resident)
         self._round = _Round()
-        self._shared: deque[list[_Ran]] = deque()  # by round, those whose states may still lie in its bank
+        self._shared: deque[_Shared] = deque()  # by round, those whose states may still lie in its bank
         self._sharing = 0  # turns of these rounds
         self._errands = shelf.errands if shelf.keeps else None
         self._waiting: deque[list[_Ran]] = deque()  # by round, for a store that takes its time
@@ -435,6 +446,7 @@ class Turns:
             if not ran:
                 return
         told: list[tuple[Session, list[Pending], Listed[bytes]]] = []
+        shared: _Shared = []
         now = self._clock()
         with self._lock:
             for r in ran:
@@ -444,7 +456,8 @@ class Turns:
                 if not session.line:  # closed meanwhile: whoever closed it waits, to end it in the store after this
                     continue
                 told.append((session, self._sessions.commit(session, r.replies, r.memory, now), r.replies))
-            old = self._grown_old(ran)
+                shared.append((ref(session), session.turn))
+            old = self._grown_old(shared)
             if self.shelf.keeps:  # before anyone is told, who may end one of these
                 self.shelf.settled([r.session.id for r in ran])
         for _, done, replies in told:
@@ -454,8 +467,6 @@ class Turns:
                     self._deliver(work, reply)
         following = self._told([session for session, _, _ in told])
         self._flush(pending for _, done, _ in told for pending in done)
-        for r in ran:
-            r.replies = ()  # the session has it; `ran` is kept for the states' sake
         if following:
             self._run_all(following)
         if old:
@@ -500,31 +511,36 @@ class Turns:
                 self.failed(r.session, e)
             return [], frozenset()
 
-    def _grown_old(self, ran: list[_Ran]) -> list[_Ran]:
-        """Turns of rounds so long ago that whoever is used at all was used since. With the lock held. By rounds alone, where very many
-        sessions take turns each of them would get state of its own between any two."""
-        self._shared.append(ran)
-        self._sharing += len(ran)
-        old: list[_Ran] = []
-        while len(self._shared) > OWNED_AFTER and self._sharing - len(self._shared[0]) >= self._sessions.resident:
-            self._sharing -= len(self._shared[0])
+    def _grown_old(self, shared: _Shared) -> _Shared:
+        """Turns of rounds so long ago that whoever is used at all was used since. With the lock held."""
+        self._shared.append(shared)
+        self._sharing += len(shared)
+        resident = self._sessions.resident
+        most = max(2 * resident, self._few)
+        old: _Shared = []
+        while (since := self._sharing - len(self._shared[0])) >= resident and (len(self._shared) > OWNED_AFTER or since > most):
+            self._sharing = since
             old += self._shared.popleft()
         return old
 
-    def _own(self, ran: Listed[_Ran]) -> None:
-        """States that still lie in an old round's bank get a place of their own: one idle session must not keep the whole bank."""
-        idle = [(r, r.memory.rows) for r in ran if r.session.state is r.memory and r.memory.rows is not None]
+    def _own(self, shared: _Shared) -> None:
+        """States that still lie in an old round's bank get a place of their own."""
+        idle: list[tuple[Session, Memory, Rows]] = []
+        for at, turn in shared:
+            session = at()
+            if session is not None and session.turn == turn and (memory := session.state).rows is not None:
+                idle.append((session, memory, memory.rows))
         if not idle:
             return
         try:
-            settled = settle([rows for _, rows in idle])
+            settled = settle([rows for _, _, rows in idle])
         except Exception:  # a device's memory is full, say: they stay where they are
             log.exception("idle sessions' states could not be moved")
             return
         with self._lock:
-            for (r, rows), own in zip(idle, settled, strict=True):
-                if r.session.state is r.memory and own is not rows:
-                    r.session.state = Memory(own, r.memory.rest)
+            for (session, memory, rows), own in zip(idle, settled, strict=True):
+                if session.state is memory and own is not rows:
+                    session.state = Memory(own, memory.rest)
 
     def failed(self, session: Session, error: ServeError) -> None:
         """The first turn in line could not be run: it is told why, those behind it that they come too early now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -586,6 +587,55 @@ def test_an_idle_session_keeps_no_round(library: Path, app: Callable[..., App], 
     assert rows(idle).whole
     whole = alone(server.catalog.find("reader"), tokens=tokens[None])["scores"].tobytes()
     assert first[0] + caller.turn(idle, 2, tokens[9:]) == whole
+    caller.close()
+
+
+@pytest.mark.parametrize("state", ["host", "device"])
+def test_states_that_are_over_keep_nothing(library: Path, app: Callable[..., App], state: str) -> None:
+    """Sessions that advance together leave the banks of the rounds before at once, and closed ones the last. It ends by its timeout where
+    they don't."""
+    server = app(state=state)
+    caller = Caller(server)
+    names = [f"s{n}" for n in range(16)]
+    for name in names:
+        caller.ask("Open", pb.OpenRequest(session=name, model=tasks_pb.Model(name="reader")), pb.SessionInfo)
+    seen: list[weakref.ref[Any]] = []  # arrays on the host
+
+    def held() -> int:
+        """Rows of states that are kept; of the host's the least that there may be."""
+        if state == "host":
+            return 16 * len({id(array) for at in seen if (array := at()) is not None})
+        return int(values(server.metrics.registry)["seqserve_device_slots", "reader", "1", "step", "cpu", "taken"])
+
+    for number in range(1, 31):
+        request = pb.TurnsRequest(turns=[turn(name, number, np.array([number])) for name in names])
+        assert sum(len(m.turns) for m in caller.turns(iter([request]))) == 16
+        if state == "host":
+            lives = [server.shelf.sessions.live(name) for name in names]
+            seen += [weakref.ref(session.state.rows.bank[0]) for session in lives if session is not None]
+            del lives
+        while held() > 2 * 16 + 1:  # the last round's, what it began with, and what fresh sessions begin with
+            os.sched_yield()  # whoever ran it lets go a moment after the replies
+    for name in names:
+        caller.ask("Close", pb.SessionName(session=name), pb.SessionInfo)
+    while held() > 1:
+        os.sched_yield()
+    caller.close()
+
+
+def test_few_sessions_of_many_turns_grow_old(library: Path, app: Callable[..., App]) -> None:
+    """However few the rounds, one that twice as many turns have passed by as there are sessions has a place of its own."""
+    server = app(state="device", resident_sessions=4)
+    caller = Caller(server)
+    names = ["idle", "b", "c", "d"]
+    for name in names:
+        caller.ask("Open", pb.OpenRequest(session=name, model=tasks_pb.Model(name="reader")), pb.SessionInfo)
+    list(caller.turns(iter([pb.TurnsRequest(turns=[turn(n, 1, np.array([7])) for n in names])])))
+    for number in range(2, 6):
+        list(caller.turns(iter([pb.TurnsRequest(turns=[turn(n, number, np.array([7])) for n in names[1:]])])))
+    live = server.shelf.sessions.live("idle")
+    assert live is not None
+    assert live.state.rows.whole
     caller.close()
 
 

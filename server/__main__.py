@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 from server import logs
 from server.app import App
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app = App(config)
         app.when_failed = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        threading.excepthook = _ends(app)
         app.start()
     except (OSError, ValueError, StoreUnusable) as e:
         print(f"seqserve serve: {e}", file=sys.stderr)
@@ -38,6 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger(__name__).info("draining")
     app.stop()
     return 0 if app.failure is None else FAILED
+
+
+def _ends(app: App) -> Callable[[threading.ExceptHookArgs], None]:
+    """A thread that failed in a way which nobody foresaw ends the server: without it callers would wait for good, and nobody know. What was
+    answered is in the store; whoever starts the server again has it serve."""
+
+    def ended(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            name = args.thread.name if args.thread is not None else "?"
+            logging.getLogger(__name__).critical("thread %s failed", name, exc_info=args.exc_value)
+            app.fail(f"thread {name} failed, and the server ends for that: {args.exc_value!r}"[:500])
+
+    return ended
 
 
 if __name__ == "__main__":

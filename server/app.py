@@ -160,12 +160,17 @@ class App:
             graph.shrink()
             _trim()
 
+    def fail(self, why: str) -> None:
+        """It can't go on: call itself not serving, and tell whoever made it to stop it, once."""
+        log.critical("%s", why)
+        if self.failure is None:
+            self.failure = why
+            self.health.set(False)
+            self.when_failed()
+
     def _lost(self, why: DeviceLost) -> None:
         # What else the device holds in this process is as far gone: only a new process gets it back, where anything does.
-        log.critical("%s", why.message)
-        self.failure = why.message
-        self.health.set(False)
-        self.when_failed()
+        self.fail(why.message)
 
     def reload(self) -> None:
         """Read the keys' file anew."""

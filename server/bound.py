@@ -160,7 +160,7 @@ class BoundGraph(OnnxGraph):
             return None
         captured = self._captured[key]
         if captured is None:
-            number = sum(c is not None for c in self._captured.values()) + 1
+            number = sum(c is not None for c in list(self._captured.values())) + 1  # another worker may add to it
             if number > GRAPHS:
                 return None
             captured = self._captured[key] = _Captured(self, feeds, *key, number)

@@ -237,7 +237,7 @@ class Catalog:
             return found
         versions = self._models.get(name)
         if not versions:
-            if any(key.split("/")[0] == name for key in self.refused):
+            if any(key.split("/")[0] == name for key in list(self.refused)):
                 raise NotFound("MODEL_REFUSED", f"model {name!r} could not be loaded; the server's log lists its faults", model=name)
             known = listed(sorted(self._models))
             message = f"Request for unknown model: there is no model {name!r}; there are: {known}"
@@ -255,11 +255,13 @@ class Catalog:
 
     def models(self) -> list[Model]:
         """Every version of every model, by name."""
-        return [self._models[name][version] for name in sorted(self._models) for version in sorted(self._models[name])]
+        models = self._models  # as it is now: another thread may exchange it
+        return [models[name][version] for name in sorted(models) for version in sorted(models[name])]
 
     def newest(self, kind: str) -> list[Model]:
         """The newest version of each model of a task."""
-        return [m for m in (self.find(name) for name in sorted(self._models)) if m.bundle.kind == kind]
+        models = self._models
+        return [m for m in (models[name][max(models[name])] for name in sorted(models)) if m.bundle.kind == kind]
 
 
 def _versions(model: Path) -> list[Path]:

@@ -10,7 +10,8 @@ NEW = 0.1  # weight of a new measurement against those before
 
 
 class Costs:
-    """One model's rounds."""
+    """One model's rounds. Told and asked by any thread: what is there is only ever exchanged for what has more, since who looks through it
+    may be interrupted at any point."""
 
     __slots__ = ("_seconds",)
 
@@ -20,14 +21,12 @@ class Costs:
 
     def learn(self, graph: str, rows: int, steps: int, seconds: float) -> None:
         """A round of that many rows and steps took so long."""
-        known = self._seconds.get(graph)
-        if known is None:
-            known = self._seconds[graph] = {}
+        known = self._seconds.get(graph, {})
         size = rows.bit_length()
         each = seconds / steps
         before = known.get(size)
         if before is None:
-            known[size] = each, each / rows
+            self._seconds = {**self._seconds, graph: {**known, size: (each, each / rows)}}
         else:
             known[size] = before[0] + NEW * (each - before[0]), before[1] + NEW * (each / rows - before[1])
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +94,25 @@ def test_a_directory_that_cannot_be_read(library: Path, lock: Callable[[Path], N
     lock(library)
     with pytest.raises(PermissionError):
         catalog().scan(library)
+
+
+def test_a_list_of_models_is_of_one_moment(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a model is unloaded by another thread while the list is made, as it was before."""
+    made = catalog()
+    made.scan(library)
+    names: list[str] = []
+
+    def late(what: Iterable[Any]) -> list[Any]:
+        ordered = sorted(what)
+        if not names:
+            names.append("unloaded")
+            made.unload("reader")
+        return ordered
+
+    monkeypatch.setattr("server.catalog.sorted", late, raising=False)
+    listed = made.models()
+    assert [(m.name, m.version) for m in listed] == [("reader", "1"), ("reader", "2")]
+    assert made.models() == []
+    made.scan(library)
+    names.clear()
+    assert [m.version for m in made.newest(listed[0].bundle.kind)] == ["2"]

@@ -196,3 +196,31 @@ def test_sessions_outlive_a_device(library: Path, tmp_path: Path, monkeypatch: p
         ask = again.method("/seqserve.v1.Sessions/Turn", pb.TurnReply)
         read += b"".join(scores(ask(turn("s", number, piece))) for number, piece in enumerate(pieces[2:], 3))
     assert read == alone(reader_of(library), tokens=tokens[None])["scores"].tobytes()
+
+
+@pytest.mark.parametrize("who", ["worker", "seqserve-front"])
+def test_a_thread_that_fails_ends_the_server(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    """A fault of the server's own, where none was foreseen: callers are told to come again, nobody waits for good, and one that is started
+    on the store goes on."""
+    when = tmp_path / "dies"
+    monkeypatch.setenv("DIES_WHEN", str(when))
+    monkeypatch.setenv("DIES_WHO", who)
+    store = f"lmdb:{tmp_path / 'store'}"
+    tokens = np.random.default_rng(4).integers(0, models.VOCABULARY, 20)
+    command = [sys.executable, "-m", "tests.dying", "--models", str(library), "--port", "0", "--metrics-port", "-1", "--store", store]
+    command += ["--drain-seconds", "1"]
+    with running(command, ROOT, r"serving \d+ models on \S+:(\d+)") as (process, found, log):
+        served = Served(process, int(found[1]), 0, log)
+        ask = served.method("/seqserve.v1.Sessions/Turn", pb.TurnReply)
+        served.method("/seqserve.v1.Sessions/Open", pb.SessionInfo)(pb.OpenRequest(session="s", model=tasks_pb.Model(name="reader")))
+        read = scores(ask(turn("s", 1, tokens[:9])))
+        when.touch()
+        with pytest.raises(grpc.RpcError) as refused:
+            ask(turn("s", 2, tokens[9:]))
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert process.wait(60) == 70
+        served.channel.close()
+    assert any("CRITICAL" in line and f"thread {who}" in line and "changed size" in line for line in log)
+    with serve(library, "--store", store) as again:
+        read += scores(again.method("/seqserve.v1.Sessions/Turn", pb.TurnReply)(turn("s", 2, tokens[9:])))
+    assert read == alone(reader_of(library), tokens=tokens[None])["scores"].tobytes()

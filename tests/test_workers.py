@@ -215,3 +215,17 @@ def test_a_run_that_waited_for_others_is_no_longer_run(tmp_path: Path, monkeypat
 
 
 _WORKERS_INIT = Workers.__init__
+
+
+def test_what_rounds_cost_may_be_learnt_while_it_is_asked_for() -> None:
+    """A worker learns a size that is new while another thread is amid what is known: a dict that grew under it would end that thread."""
+    costs = Costs()
+    costs.learn("main", 1, 1, 0.001)
+    known, graphs = costs._seconds["main"], costs._seconds
+    for looking in (iter(known), iter(graphs)):
+        costs.learn("main", 64, 1, 0.002)
+        costs.learn("other", 1, 1, 0.003)
+        assert next(looking) in (1, "main")
+        assert next(looking, None) is None
+    assert costs.a_row("main", 1 << 12) == 0.002 / 64
+    assert [(graph, most) for graph, most, _ in costs.table()] == [("main", 1), ("main", 127), ("other", 1)]

@@ -42,7 +42,7 @@ class Repository:
                 response.models.add(name=model.name, version=model.version, state="READY")
             if not request.ready:
                 served = {f"{m.name}/{m.version}" for m in models}
-                refused = {place: "; ".join(faults) for place, faults in self._catalog.refused.items()}
+                refused = {place: "; ".join(faults) for place, faults in list(self._catalog.refused.items())}
                 there = dict.fromkeys(self._catalog.places(), "unloaded") | refused
                 for place, reason in sorted(there.items()):
                     if place not in served:

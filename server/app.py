@@ -114,6 +114,7 @@ class App:
         self.metrics_port = -1
         self._stop_metrics: Callable[[], None] = lambda: None
         self._over = threading.Event()
+        self._failing = threading.Lock()  # of the next: a second signal would end the process at once
         self.failure: str | None = None  # why it can't go on, where it can't
         self.when_failed: Callable[[], None] = lambda: None  # called once then, by whatever thread; who made it is to stop it
         self.workers.when_lost = self._lost
@@ -163,8 +164,9 @@ class App:
     def fail(self, why: str) -> None:
         """It can't go on: call itself not serving, and tell whoever made it to stop it, once."""
         log.critical("%s", why)
-        if self.failure is None:
-            self.failure = why
+        with self._failing:
+            first, self.failure = self.failure is None, self.failure or why
+        if first:
             self.health.set(False)
             self.when_failed()
 

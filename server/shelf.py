@@ -80,8 +80,8 @@ class Shelf:
         self._expiry = threading.Thread(target=self._expire, name="session-expiry", daemon=True)
 
     @property
-    def resident(self) -> int:
-        """How many sessions memory is to hold, at most."""
+    def most_resident(self) -> int:
+        """How many sessions memory is to hold."""
         return self._limits.resident
 
     @property

@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 
 Told = Callable[[bytes | ServeError], None]
 # One session that nobody uses must not keep a whole round's bank of states; but to give it state of its own costs a copy, which is lost
-# where its next turn was about to come. So that is after as many turns as sessions are in memory, and this many rounds; but after twice
-# as many turns at the latest, or this many where sessions are few: a device has slots for three times the sessions.
-OWNED_AFTER = 64  # rounds
+# where its next turn was about to come. So that is after as many turns as sessions are in memory, and OWNED_AFTER rounds; but after twice
+# as many turns at the latest, or OWNED_TURNS where sessions are few: a device has slots for three times the sessions.
+OWNED_AFTER = 64
 OWNED_TURNS = 4096
 
 
@@ -204,7 +204,7 @@ class Turns:
         self._sessions = shelf.sessions
         self._lock = shelf.lock
         self._clock = clock
-        self._few = min(OWNED_TURNS, shelf.resident)
+        self._few = min(OWNED_TURNS, shelf.most_resident)
         self._round = _Round()
         self._shared: deque[_Shared] = deque()  # by round, those whose states may still lie in its bank
         self._sharing = 0  # turns of these rounds

@@ -1,4 +1,5 @@
-"""A device that fails for good: told apart from an input that can't be run and from memory that is full, and survived by sessions."""
+"""A device, or a thread of the server's own, that fails for good: told apart from an input that can't be run and from memory that is
+full, and survived by sessions."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from contract.bundle import BundleError
 from protos import seqserve_pb2 as tasks_pb
 from protos import sessions_pb2 as pb
 from server import probes
+from server.app import App
 from server.catalog import Catalog, Model
+from server.config import Config
 from server.devices import Device, Placement
 from server.errors import DeviceLost
 from server.graph import OnnxGraph, together
@@ -224,3 +227,20 @@ def test_a_thread_that_fails_ends_the_server(library: Path, tmp_path: Path, monk
     with serve(library, "--store", store) as again:
         read += scores(again.method("/seqserve.v1.Sessions/Turn", pb.TurnReply)(turn("s", 2, tokens[9:])))
     assert read == alone(reader_of(library), tokens=tokens[None])["scores"].tobytes()
+
+
+def test_a_server_is_ended_once(library: Path) -> None:
+    """However many threads fail: a second signal would end the process amid what it still answers."""
+    app = App(Config(models=library, port=0, metrics_port=-1))
+    heard: list[str | None] = []
+
+    def when() -> None:
+        heard.append(app.failure)
+        app.fail("for what the first led to")
+
+    app.when_failed = when
+    app.fail("for this")
+    app.fail("for that")
+    assert heard == ["for this"]
+    assert app.failure == "for this"
+    app.store.close()
